@@ -1,0 +1,904 @@
+// The CPU walks of nc_score. Compiled once per instruction set (see simd.h).
+//
+//   stage     averages, converts, takes the softmax: a block of rows becomes float32 in cache.
+//             One float32 array of probabilities is walked where it lies.
+//   columns   few classes, or rows with many dominant entries: kWidth rows side by side in the lanes,
+//             one class after the other
+//   compact   many classes: the few dominant entries of a row are gathered, and their logarithms
+//             multiply rows of the weight matrix, lanes over the uniform-like vectors
+//   single    one distinct vector (sigma = 0): lanes over the classes
+//   settle    float64, one row: the definition itself
+//
+// Every walk ends in `emit`, which hands rows too close to call, or invalid, to `settle`.
+#include "nc_score.h"
+
+#include "simd.h"
+
+namespace genkl {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+inline F load_as_float(const float* p) { return load(p); }
+inline F load_as_float(const Half* p) { return load_half(&p->bits); }
+inline F load_as_float(const BFloat* p) { return load_bfloat(&p->bits); }
+inline F load_as_float(const double* p) { return load_double(p); }
+
+constexpr int kBlockBytes = 64 * 1024;   // staged rows: they must stay in the second-level cache
+constexpr int kPrefetchBytes = 4096;     // how far ahead of the walk memory is asked for
+constexpr int kColumnsUpTo = 32;         // classes
+constexpr int kUnroll = 4;               // vectors per step of a scan
+constexpr int kPad = 4;                  // entries of a compacted row come in fours
+constexpr int kLine = 64;                // bytes of a cache line
+constexpr int kMinNormalExponent = 126;  // 2^-126 is the smallest normal float
+constexpr float kLowest = -3.402823466e38f;
+// Accumulators of the columns walk that fit the register file beside the operands.
+constexpr int kColumnsVectors = kWidth == 16 ? 20 : 10;
+
+constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+// Cuts a thread's scratch memory into arrays of whole cache lines.
+class Carver {
+ public:
+  explicit Carver(uintptr_t memory) : next_(memory) {}
+  template <typename T>
+  T* take(size_t count) {
+    const uintptr_t here = next_;
+    next_ += round_up(count * sizeof(T), kLine);
+    return reinterpret_cast<T*>(here);
+  }
+  uintptr_t next() const { return next_; }
+
+ private:
+  uintptr_t next_;
+};
+
+int block_rows(int classes) {
+  const int rows = kBlockBytes / 4 / classes;
+  return rows < kWidth ? kWidth : rows / kWidth * kWidth;
+}
+
+struct Scratch {
+  float* staged;       // [block_rows, classes]
+  float* logs;         // columns: [classes, kWidth]; compact: logarithms of `values`
+  float* values;       // compact: dominant entries, row after row
+  int32_t* index;      // columns: live classes; compact: their classes
+  int32_t* steps;      // compact: steps of a row that hold a dominant entry
+  float* sums;         // a_j: columns [stride, kWidth], compact [kWidth, stride]
+  double* row;         // [classes] one row in float64
+  double* exps;        // [classes, rounded up to kSumLanes]
+  double* cross;       // [vectors]
+  float* softmax;      // [classes]
+
+  Scratch(Carver& carver, int classes, int stride) {
+    const size_t k = static_cast<size_t>(classes);
+    const size_t entries = kWidth * (k + kPad + 2 * kWidth);
+    staged = carver.take<float>(static_cast<size_t>(block_rows(classes)) * k + kWidth);
+    logs = carver.take<float>(entries);
+    values = carver.take<float>(entries);
+    index = carver.take<int32_t>(entries);
+    steps = carver.take<int32_t>(k / kWidth + 2);
+    sums = carver.take<float>(static_cast<size_t>(stride) * kWidth);
+    row = carver.take<double>(k);
+    exps = carver.take<double>(round_up(k, kSumLanes));
+    cross = carver.take<double>(static_cast<size_t>(stride));
+    softmax = carver.take<float>(k);
+  }
+};
+
+// kWidth rows as the walks leave them, one row per lane.
+struct Group {
+  F critical, divergence, top;
+  I top_class, votes;
+  F sum, lowest;     // of the entries
+  int additions;     // that went into one sum, one after the other
+  Mask unsettled;
+};
+
+struct Max {
+  F operator()(F a, F b) const { return max(a, b); }
+};
+struct Min {
+  F operator()(F a, F b) const { return min(a, b); }
+};
+struct Add {
+  F operator()(F a, F b) const { return add(a, b); }
+};
+
+class Scorer {
+ public:
+  Scorer(const Predictions& predictions, const NcRule& rule, const Scratch& scratch,
+         const NcOutputs& outputs)
+      : in_(predictions), rule_(rule), scratch_(scratch), out_(outputs) {
+    tau_ = static_cast<float>(rule.tau);
+    alpha_ = static_cast<float>(rule.alpha);
+    guard_all_ = guard(rule.classes);
+    products_ = rule.vectors == 1 && equal_weights() ? product_length() : 1;
+  }
+
+  int64_t score(int64_t begin, int64_t end) {
+    const bool in_place = in_.models == 1 && !in_.logits && in_.dtype == DType::kFloat32 &&
+                          in_.class_stride[0] == 1 && !rule_.exact_only;
+    const int64_t step = block_rows(rule_.classes);
+    for (int64_t r = begin; r < end; r += step) {
+      const int n = static_cast<int>(end - r < step ? end - r : step);
+      if (in_place) {
+        walk(static_cast<const float*>(in_.data[0]) + r * in_.row_stride[0], in_.row_stride[0], r,
+             n);
+      } else if (!rule_.exact_only && stage(r, n)) {
+        walk(scratch_.staged, rule_.classes, r, n);
+      } else {
+        for (int i = 0; i < n; ++i) settle(r + i);
+      }
+    }
+    return first_bad_;
+  }
+
+ private:
+  void walk(const float* rows, int64_t stride, int64_t first_row, int n) {
+    if (rule_.vectors == 1 && rule_.classes > kColumnsUpTo)
+      single(rows, stride, first_row, n);
+    else if (rule_.classes <= kColumnsUpTo)
+      columns(rows, stride, first_row, n);
+    else
+      compact(rows, stride, first_row, n);
+  }
+
+  // ---- columns ---------------------------------------------------------------------------------
+
+  void columns(const float* rows, int64_t stride, int64_t first_row, int n) {
+    for (int r = 0; r < n; r += kWidth) {
+      const int present = n - r < kWidth ? n - r : kWidth;
+      const float* row[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane)
+        row[lane] = rows + (r + (lane < present ? lane : 0)) * stride;
+      const char* ahead = reinterpret_cast<const char*>(row[0]) + kPrefetchBytes;
+      for (int64_t b = 0; b < kWidth * stride * 4; b += kLine) prefetch(ahead + b);
+      emit(columns_group(row), first_row + r, nullptr, present);
+    }
+  }
+
+  // What a pass over the classes gathers, one row per lane.
+  struct Columns {
+    F sum = broadcast(0.0f), lowest = broadcast(0.0f), top = broadcast(-1.0f);
+    I top_class = broadcast(int32_t{0});  // plus one
+
+    void take(F x, int c) {
+      sum = add(sum, x);
+      lowest = min(lowest, x);
+      const Mask higher = greater(x, top);
+      top = max(x, top);
+      top_class = max(top_class, keep(higher, broadcast(int32_t{c + 1})));  // c grows: the last wins
+    }
+  };
+
+  Group columns_group(const float* const* row) {
+    const int k = rule_.classes;
+    float* const logs = scratch_.logs;
+    Columns t;
+    F q[kWidth];
+    int c = 0;
+    for (; c + kWidth <= k; c += kWidth) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + c);
+      transpose(q);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        t.take(q[i], c + i);
+        store(logs + (c + i) * kWidth, q[i]);
+      }
+    }
+    if (c < k) {
+      if (k >= kWidth) {  // the last vectors end with the row; classes taken before are passed over
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + k - kWidth);
+      } else {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWidth; ++lane) q[lane] = load_first(row[lane], k);
+      }
+      transpose(q);
+      const int start = k >= kWidth ? k - kWidth : 0;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (start + i < c || start + i >= k) continue;
+        t.take(q[i], start + i);
+        store(logs + (start + i) * kWidth, q[i]);
+      }
+    }
+    keep_logs(logs, k);
+    F critical = broadcast(0.0f), divergence = broadcast(kLowest);
+    if (rule_.vectors == 1) {
+      columns_product<1>(0, critical, divergence);
+    } else {
+      for (int j = 0; j < rule_.vectors; j += kColumnsVectors)
+        columns_product<kColumnsVectors>(j, critical, divergence);
+    }
+    Group g;
+    g.additions = k;
+    g.sum = t.sum;
+    g.lowest = t.lowest;
+    g.top = t.top;
+    g.top_class = sub(t.top_class, broadcast(int32_t{1}));
+    g.critical = critical;
+    g.divergence = divergence;
+    g.votes = broadcast(int32_t{0});
+    g.unsettled = greater(broadcast(0.0f), broadcast(0.0f));
+    const F lower = broadcast(alpha_ * (1.0f - guard_all_));
+    if (any(greater_equal(critical, lower))) count_votes(lower, g);
+    return g;
+  }
+
+  // Replaces every entry of [classes, kWidth] by its logarithm if it is dominant, else by 0.
+  void keep_logs(float* entries, int classes) const {
+    const F tau = broadcast(tau_);
+    const float* const end = entries + static_cast<int64_t>(classes) * kWidth;
+    for (; entries + 2 * kWidth <= end; entries += 2 * kWidth) {
+      const F x = load(entries), y = load(entries + kWidth);
+      store(entries, keep(greater_equal(x, tau), log2(x)));
+      store(entries + kWidth, keep(greater_equal(y, tau), log2(y)));
+    }
+    if (entries == end) return;
+    const F x = load(entries);
+    store(entries, keep(greater_equal(x, tau), log2(x)));
+  }
+
+  void count_votes(F lower, Group& g) const {
+    const F upper = broadcast(alpha_ * (1.0f + guard_all_));
+    I votes = broadcast(int32_t{0});
+    Mask unsettled = g.unsettled;
+    for (int j = 0; j < rule_.vectors; ++j) {
+      const F a = load(scratch_.sums + j * kWidth);
+      const Mask vote = greater(a, upper);
+      votes = count(votes, vote);
+      unsettled = either(unsettled, both_not(greater_equal(a, lower), vote));
+    }
+    g.votes = votes;
+    g.unsettled = unsettled;
+  }
+
+  // a_j of kCount vectors from j on, for kWidth rows: kept logarithms times weights.
+  template <int kCount>
+  void columns_product(int j, F& critical, F& divergence) const {
+    F a[kCount];
+#pragma GCC unroll 20
+    for (int i = 0; i < kCount; ++i) a[i] = broadcast(0.0f);
+    const float* w = rule_.weights + j;
+    const float* log_q = scratch_.logs;
+    const int64_t stride = rule_.stride;
+    for (int c = rule_.classes; c > 0; --c, w += stride, log_q += kWidth) {
+      const F x = load(log_q);
+#pragma GCC unroll 20
+      for (int i = 0; i < kCount; ++i) a[i] = fma(x, broadcast(w[i]), a[i]);
+    }
+    float* const sums = scratch_.sums + j * kWidth;
+    const float* const entropy = rule_.entropy + j;
+    const float* const offset = rule_.offset + j;
+#pragma GCC unroll 20
+    for (int i = 0; i < kCount; ++i) {
+      critical = max(critical, a[i]);
+      divergence = max(divergence, fma(broadcast(entropy[i]), a[i], broadcast(offset[i])));
+      store(sums + i * kWidth, a[i]);
+    }
+  }
+
+  // ---- compact ---------------------------------------------------------------------------------
+
+  void compact(const float* rows, int64_t stride, int64_t first_row, int n) {
+    int waiting = 0;  // rows with many dominant entries, for the columns walk
+    int64_t number[kWidth];
+    const float* row[kWidth];
+    for (int r = 0; r < n; r += kWidth) {
+      const int present = n - r < kWidth ? n - r : kWidth;
+      uint32_t dense = compact_group(rows + r * stride, stride, first_row + r, present);
+      for (; dense; dense &= dense - 1) {
+        const int lane = __builtin_ctz(dense);
+        number[waiting] = first_row + r + lane;
+        row[waiting++] = rows + (r + lane) * stride;
+        if (waiting < kWidth) continue;
+        emit(columns_group(row), 0, number, kWidth);
+        waiting = 0;
+      }
+    }
+    if (waiting == 0) return;
+    for (int lane = waiting; lane < kWidth; ++lane) row[lane] = row[0];
+    emit(columns_group(row), 0, number, waiting);
+  }
+
+  // Scores the rows with few dominant entries; returns which rows have many and are left.
+  uint32_t compact_group(const float* rows, int64_t stride, int64_t first_row, int present) {
+    const int k = rule_.classes;
+    const int many = k / 2;
+    const F none = broadcast(0.0f);
+    F sum[kWidth], lowest[kWidth], tops[kWidth], critical[kWidth], divergence[kWidth];
+    int32_t begin[kWidth];
+    alignas(64) int32_t dominant[kWidth], top_class[kWidth];
+    uint32_t dense = 0;
+    int filled = 0;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      sum[lane] = lowest[lane] = tops[lane] = critical[lane] = divergence[lane] = none;
+      dominant[lane] = top_class[lane] = 0;
+      begin[lane] = filled;
+      if (lane >= present) continue;
+      const int end = gather(rows + lane * stride, filled, sum[lane], lowest[lane]);
+      dominant[lane] = end - filled;
+      if (dominant[lane] > many) {
+        dense |= 1u << lane;
+        dominant[lane] = 0;
+        continue;
+      }
+      // Entries of 1, whose logarithm is 0, fill the row up to whole fours.
+      for (int i = 0; i < kPad; ++i) {
+        scratch_.values[end + i] = 1.0f;
+        scratch_.index[end + i] = 0;
+      }
+      filled += static_cast<int>(round_up(static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
+    }
+    store(scratch_.values + filled, broadcast(1.0f));
+    for (int t = 0; t < filled; t += kWidth)
+      store(scratch_.logs + t, log2(load(scratch_.values + t)));
+
+    for (int lane = 0; lane < present; ++lane) {
+      if (dense >> lane & 1) continue;
+      const int end = begin[lane] + static_cast<int>(round_up(
+                          static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
+      compact_products(begin[lane], end, lane, critical[lane], divergence[lane]);
+      tops[lane] = highest(begin[lane], dominant[lane]);
+    }
+
+    Group g;
+    g.additions = rule_.classes / kWidth + kWidth + kUnroll;
+    g.sum = fold_lanes(sum, Add());
+    g.lowest = fold_lanes(lowest, Min());
+    g.top = fold_lanes(tops, Max());
+    g.critical = fold_lanes(critical, Max());
+    g.divergence = fold_lanes(divergence, Max());
+    alignas(64) float top[kWidth];
+    store(top, g.top);
+    for (int lane = 0; lane < present; ++lane)
+      if (dominant[lane]) top_class[lane] = class_of(top[lane], begin[lane]);
+    g.top_class = load(top_class);
+
+    const F n = to_float(load(dominant));
+    const F guards = mul(broadcast(guard(0) / 16.0f), add(n, broadcast(16.0f)));
+    const F alpha = broadcast(alpha_);
+    const F lower = sub(alpha, mul(alpha, guards));
+    const F upper = add(alpha, mul(alpha, guards));
+    g.unsettled = equal(n, none);
+    alignas(64) int32_t votes[kWidth] = {};
+    uint32_t near = bits(greater_equal(g.critical, lower));
+    if (near) {
+      alignas(64) float low[kWidth], high[kWidth], open[kWidth] = {};
+      store(low, lower);
+      store(high, upper);
+      for (; near; near &= near - 1) {
+        const int lane = __builtin_ctz(near);
+        const float* sums = scratch_.sums + lane * rule_.stride;
+        for (int j = 0; j < rule_.vectors; j += kWidth) {
+          const F a = load(sums + j);
+          const Mask vote = greater(a, broadcast(high[lane]));
+          votes[lane] += __builtin_popcount(bits(vote));
+          if (any(both_not(greater_equal(a, broadcast(low[lane])), vote))) open[lane] = 1.0f;
+        }
+      }
+      g.unsettled = either(g.unsettled, greater(load(open), none));
+    }
+    g.votes = load(votes);
+    emit(g, first_row, nullptr, present, dense);
+    return dense;
+  }
+
+  // Appends a row's dominant entries and their classes from `at` on; returns the end. Adds up the
+  // row in passing.
+  int gather(const float* row, int at, F& sum, F& lowest) {
+    const int k = rule_.classes;
+    int32_t* const found = scratch_.steps;
+    float* const values = scratch_.values;
+    int32_t* const index = scratch_.index;
+    const F tau = broadcast(tau_);
+    constexpr int kStep = kUnroll * kWidth;
+    int steps = 0, c = 0;
+    for (; c + kStep <= k; c += kStep) {
+      const char* ahead = reinterpret_cast<const char*>(row + c) + kPrefetchBytes;
+#pragma GCC unroll 4
+      for (int b = 0; b < kStep * 4; b += kLine) prefetch(ahead + b);
+      const F q0 = load(row + c), q1 = load(row + c + kWidth);
+      const F q2 = load(row + c + 2 * kWidth), q3 = load(row + c + 3 * kWidth);
+      sum = add(sum, add(add(q0, q1), add(q2, q3)));
+      lowest = min(lowest, min(min(q0, q1), min(q2, q3)));
+      const F high = max(max(q0, q1), max(q2, q3));
+      found[steps] = c;
+      steps += any(greater_equal(high, tau));
+    }
+    for (int s = 0; s < steps; ++s) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnroll; ++i)
+        at = append(load(row + found[s] + i * kWidth), found[s] + i * kWidth, tau, values, index, at);
+    }
+    for (; c < k; c += kWidth) {
+      const F q = k - c < kWidth ? load_first(row + c, k - c) : load(row + c);
+      sum = add(sum, q);
+      lowest = min(lowest, q);
+      at = append(q, c, tau, values, index, at);
+    }
+    return at;
+  }
+
+  static int append(F q, int first_class, F tau, float* values, int32_t* index, int at) {
+    const Mask dominant = greater_equal(q, tau);
+    const uint32_t b = bits(dominant);
+    compress(values + at, dominant, b, q);
+    compress(index + at, dominant, b, add(broadcast(int32_t{first_class}), lane_numbers()));
+    return at + __builtin_popcount(b);
+  }
+
+  // Lanes whose maximum is the largest of n gathered entries.
+  F highest(int begin, int n) {
+    F top = broadcast(0.0f);
+    for (int t = 0; t < n; t += kWidth) {
+      const F q = n - t < kWidth ? load_first(scratch_.values + begin + t, n - t)
+                                 : load(scratch_.values + begin + t);
+      top = max(top, q);
+    }
+    return top;
+  }
+
+  // The class of the first gathered entry equal to `top`, which is among them.
+  int class_of(float top, int begin) {
+    for (int t = begin;; t += kWidth) {
+      const uint32_t hit = bits(equal(load(scratch_.values + t), broadcast(top)));
+      if (hit) return scratch_.index[t + __builtin_ctz(hit)];
+    }
+  }
+
+  void compact_products(int begin, int end, int lane, F& critical, F& divergence) {
+    critical = broadcast(0.0f);
+    divergence = broadcast(kLowest);
+    float* sums = scratch_.sums + lane * rule_.stride;
+    const int vectors = (rule_.vectors + kWidth - 1) / kWidth;
+    int v = 0;
+    for (; v + 4 <= vectors; v += 4) compact_product<4>(begin, end, v, sums, critical, divergence);
+    switch (vectors - v) {
+      case 3: compact_product<3>(begin, end, v, sums, critical, divergence); break;
+      case 2: compact_product<2>(begin, end, v, sums, critical, divergence); break;
+      case 1: compact_product<1>(begin, end, v, sums, critical, divergence); break;
+      default: break;
+    }
+  }
+
+  // kCount lane-vectors of a_j for one row, two chains each.
+  template <int kCount>
+  void compact_product(int begin, int end, int v, float* sums, F& critical, F& divergence) {
+    F a[kCount], b[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) a[i] = b[i] = broadcast(0.0f);
+    const float* const weights = rule_.weights + v * kWidth;
+    const float* const logs = scratch_.logs;
+    const int32_t* const index = scratch_.index;
+    const int64_t stride = rule_.stride;
+    for (int t = begin; t < end; t += 2) {
+      const F log_a = broadcast(logs[t]), log_b = broadcast(logs[t + 1]);
+      const float* const wa = weights + index[t] * stride;
+      const float* const wb = weights + index[t + 1] * stride;
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        a[i] = fma(log_a, load(wa + i * kWidth), a[i]);
+        b[i] = fma(log_b, load(wb + i * kWidth), b[i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const int j = (v + i) * kWidth;
+      const F total = add(a[i], b[i]);
+      critical = max(critical, total);
+      divergence = max(divergence, fma(load(rule_.entropy + j), total, load(rule_.offset + j)));
+      store(sums + j, total);
+    }
+  }
+
+  // ---- single ----------------------------------------------------------------------------------
+
+  bool equal_weights() const {
+    for (int i = 1; i < rule_.classes; ++i)
+      if (rule_.weights[static_cast<int64_t>(i) * rule_.stride] != rule_.weights[0]) return false;
+    return true;
+  }
+
+  // How many dominant entries can be multiplied before their logarithm is taken, with the product
+  // still a normal number.
+  int product_length() const {
+    const float bits_each = -log2_fast(tau_);
+    const int length = bits_each < 1.0f ? 8 : static_cast<int>((kMinNormalExponent - 1) / bits_each);
+    return length < 1 ? 1 : length > 8 ? 8 : length;
+  }
+
+  void single(const float* rows, int64_t stride, int64_t first_row, int n) {
+    for (int r = 0; r < n; r += kWidth) {
+      const int present = n - r < kWidth ? n - r : kWidth;
+      F sum[kWidth], lowest[kWidth], total[kWidth], dominant[kWidth];
+      alignas(64) float top[kWidth] = {};
+      alignas(64) int32_t top_class[kWidth] = {};
+      for (int lane = 0; lane < kWidth; ++lane) {
+        sum[lane] = lowest[lane] = total[lane] = dominant[lane] = broadcast(0.0f);
+        if (lane >= present) continue;
+        const float* row = rows + (r + lane) * stride;
+        if (products_ > 1)
+          single_row<true>(row, sum[lane], lowest[lane], total[lane], dominant[lane], top[lane],
+                           top_class[lane]);
+        else
+          single_row<false>(row, sum[lane], lowest[lane], total[lane], dominant[lane], top[lane],
+                            top_class[lane]);
+      }
+      Group g;
+      g.additions = rule_.classes / kWidth + kWidth + kUnroll;
+    g.sum = fold_lanes(sum, Add());
+      g.lowest = fold_lanes(lowest, Min());
+      g.top = load(top);
+      g.top_class = load(top_class);
+      const F a = fold_lanes(total, Add());
+      const F n_dominant = fold_lanes(dominant, Add());
+      g.critical = max(a, broadcast(0.0f));
+      g.divergence = fma(broadcast(rule_.entropy[0]), a, broadcast(rule_.offset[0]));
+      const F lower = broadcast(alpha_ * (1.0f - guard_all_));
+      const Mask vote = greater(a, broadcast(alpha_ * (1.0f + guard_all_)));
+      g.votes = count(broadcast(int32_t{0}), vote);
+      g.unsettled = either(both_not(greater_equal(a, lower), vote),
+                           equal(n_dominant, broadcast(0.0f)));
+      emit(g, first_row + r, nullptr, present);
+    }
+  }
+
+  // One row, lanes over the classes. With kProducts all weights are equal, and up to eight dominant
+  // entries are multiplied before one logarithm is taken of them. A product of several has a relative
+  // error of 7 e at most, hence 7 log2(e) e absolute in its logarithm; two entries of a row that sums
+  // to 1 have a product of at most 1/4, so the logarithm is at least 2 and its relative error below
+  // 5.1 e. The guard's proof has that to spare: here a term takes part in n / 8 sums, not n.
+  template <bool kProducts>
+  void single_row(const float* row, F& sum, F& lowest, F& total, F& dominant, float& top,
+                  int32_t& top_class) {
+    const int k = rule_.classes;
+    const F tau = broadcast(tau_), one = broadcast(1.0f);
+    F product = one, high = broadcast(-1.0f);
+    I high_class = broadcast(int32_t{0}), classes = lane_numbers();
+    int factors = 0;
+    for (int c = 0; c < k; c += kWidth) {
+      prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
+      const F q = k - c < kWidth ? load_first(row + c, k - c) : load(row + c);
+      sum = add(sum, q);
+      lowest = min(lowest, q);
+      const Mask higher = greater(q, high);
+      high = select(higher, q, high);
+      high_class = select(higher, classes, high_class);
+      classes = add(classes, broadcast(int32_t{kWidth}));
+      const Mask counts = greater_equal(q, tau);
+      dominant = add(dominant, keep(counts, one));
+      if (kProducts) {
+        product = mul(product, select(counts, q, one));
+        if (++factors < products_) continue;
+        total = fma(broadcast(rule_.weights[0]), log2(product), total);
+        product = one;
+        factors = 0;
+      } else if (any(counts)) {
+        alignas(64) float w[kWidth] = {};
+        for (int i = 0; i < kWidth && c + i < k; ++i)
+          w[i] = rule_.weights[static_cast<int64_t>(c + i) * rule_.stride];
+        total = fma(load(w), keep(counts, log2(q)), total);
+      }
+    }
+    if (kProducts) total = fma(broadcast(rule_.weights[0]), log2(product), total);
+    alignas(64) float lane_top[kWidth];
+    alignas(64) int32_t lane_class[kWidth];
+    store(lane_top, high);
+    store(lane_class, high_class);
+    top = lane_top[0];
+    top_class = lane_class[0];
+    for (int i = 1; i < kWidth; ++i) {
+      if (lane_top[i] < top || (lane_top[i] == top && lane_class[i] > top_class)) continue;
+      top = lane_top[i];
+      top_class = lane_class[i];
+    }
+  }
+
+  // ---- results ---------------------------------------------------------------------------------
+
+  // Writes the first `present` lanes, but for those in `skip`, to the rows `number`, or to the rows
+  // from `first_row` on where that is null.
+  void emit(const Group& g, int64_t first_row, const int64_t* number, int present,
+            uint32_t skip = 0) {
+    const F one = broadcast(1.0f);
+    // A sum that its rounding errors (2^-24 for each addition) could carry past the tolerance is
+    // settled too.
+    const F tolerance = broadcast(static_cast<float>(rule_.tolerance) - 6.6e-8f * g.additions);
+    const Mask doubtful =
+        either(either(not_less_equal(abs(sub(g.sum, one)), tolerance),
+                      greater(broadcast(0.0f), g.lowest)),
+               either(greater(g.top, one), g.unsettled));
+    const uint32_t lanes = ((present < 32 ? 1u << present : 0u) - 1u) & ~skip;
+    if (!number && present == kWidth && !skip) {
+      store(out_.critical_alpha + first_row, g.critical);
+      store(out_.divergence + first_row, g.divergence);
+      store(out_.votes + first_row, rule_.ballot == 1 ? g.votes : times_ballot(g.votes));
+      store(out_.top_class + first_row, g.top_class);
+      store(out_.top_prob + first_row, g.top);
+    } else {
+      alignas(64) float critical[kWidth], divergence[kWidth], top[kWidth];
+      alignas(64) int32_t votes[kWidth], top_class[kWidth];
+      store(critical, g.critical);
+      store(divergence, g.divergence);
+      store(top, g.top);
+      store(votes, g.votes);
+      store(top_class, g.top_class);
+      for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        const int64_t r = number ? number[lane] : first_row + lane;
+        out_.critical_alpha[r] = critical[lane];
+        out_.divergence[r] = divergence[lane];
+        out_.votes[r] = votes[lane] * rule_.ballot;
+        out_.top_class[r] = top_class[lane];
+        out_.top_prob[r] = top[lane];
+      }
+    }
+    for (uint32_t rest = bits(doubtful) & lanes; __builtin_expect(rest != 0, 0); rest &= rest - 1) {
+      const int lane = __builtin_ctz(rest);
+      settle(number ? number[lane] : first_row + lane);
+    }
+  }
+
+  I times_ballot(I votes) {
+    alignas(64) int32_t v[kWidth];
+    store(v, votes);
+    for (int lane = 0; lane < kWidth; ++lane) v[lane] *= rule_.ballot;
+    return load(v);
+  }
+
+  // Scores one row by the definition (genkl_ext/reference.py), bit for bit, and checks it.
+  void settle(int64_t r) {
+    const int k = rule_.classes, m = rule_.vectors;
+    double* q = scratch_.row;
+    double* cross = scratch_.cross;
+    const bool valid = read_row(r, q);
+    if (!valid && (first_bad_ < 0 || r < first_bad_)) first_bad_ = r;
+    for (int j = 0; j < m; ++j) cross[j] = 0.0;
+    int top = 0;
+    for (int i = 0; i < k; ++i) {
+      if (q[top] == q[top] && !(q[i] <= q[top])) top = i;  // the first NaN is the highest of all
+      if (q[i] < rule_.tau) continue;
+      const double log_q = log2_exact(q[i]);
+      const double* u = rule_.vectors_exact + static_cast<int64_t>(i) * m;
+      for (int j = 0; j < m; ++j) cross[j] = cross[j] + log_q * u[j];
+    }
+    double critical = exact_ratio(rule_, 0, cross[0]);
+    double divergence = exact_divergence(rule_, 0, cross[0]);
+    int votes = divergence >= 0.0;
+    for (int j = 1; j < m; ++j) {
+      const double d = exact_divergence(rule_, j, cross[j]);
+      critical = max_or_nan(critical, exact_ratio(rule_, j, cross[j]));
+      divergence = max_or_nan(divergence, d);
+      votes += d >= 0.0;
+    }
+    out_.critical_alpha[r] = round_on_side(critical, rule_.alpha, votes > 0);
+    out_.divergence[r] = round_on_side(divergence, 0.0, votes > 0);
+    out_.votes[r] = votes * rule_.ballot;
+    out_.top_class[r] = top;
+    out_.top_prob[r] = static_cast<float>(q[top]);
+  }
+
+  // ---- input -----------------------------------------------------------------------------------
+
+  // Calls f with the Type of the input's entries.
+  template <typename Function>
+  auto with_type(Function f) const {
+    switch (in_.dtype) {
+      case DType::kFloat16: return f(Type<Half>());
+      case DType::kBFloat16: return f(Type<BFloat>());
+      case DType::kFloat64: return f(Type<double>());
+      default: return f(Type<float>());
+    }
+  }
+
+  static double to_double(const float* p) { return static_cast<double>(*p); }
+  static double to_double(const double* p) { return *p; }
+  template <typename T>
+  static double to_double(const T* p) {  // Half, BFloat: exact in float32
+    T padded[kWidth] = {*p};
+    alignas(64) float values[kWidth];
+    store(values, load_as_float(padded));
+    return static_cast<double>(values[0]);
+  }
+
+  template <typename T>
+  const T* entry(int model, int64_t row, int64_t i) const {
+    return static_cast<const T*>(in_.data[model]) + row * in_.row_stride[model] +
+           i * in_.class_stride[model];
+  }
+
+  // One model's row in float64.
+  void read_model(int model, int64_t row, double* values) {
+    with_type([&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int i = 0; i < rule_.classes; ++i) values[i] = to_double(entry<T>(model, row, i));
+    });
+  }
+  // The averaged row, exact in float64; returns whether it is a valid prediction.
+  bool read_row(int64_t r, double* q) {
+    const int k = rule_.classes;
+    bool valid = true;
+    for (int model = 0; model < in_.models; ++model) {
+      double* values = scratch_.exps;
+      read_model(model, r, values);
+      for (int i = 0; i < k; ++i)
+        valid &= fabs(values[i]) <= 1.7976931348623157e308 && (in_.logits || values[i] >= 0.0);
+      if (in_.models == 1 && !in_.logits) {
+        memcpy(q, values, sizeof(double) * static_cast<size_t>(k));
+      } else {
+        float* p = scratch_.softmax;
+        if (in_.logits)
+          softmax(values, p);
+        else
+          for (int i = 0; i < k; ++i) p[i] = static_cast<float>(values[i]);
+        // Sums of float32 numbers kept in q are rounded to float32 after every addition.
+        for (int i = 0; i < k; ++i)
+          q[i] = model == 0 ? p[i] : static_cast<float>(q[i]) + p[i];
+      }
+    }
+    if (in_.models > 1)
+      for (int i = 0; i < k; ++i)
+        q[i] = static_cast<float>(q[i]) / static_cast<float>(in_.models);
+    if (in_.logits) return valid;
+    double total = 0.0;
+    for (int i = 0; i < k; ++i) total = total + q[i];
+    return valid && fabs(total - 1.0) <= rule_.tolerance;
+  }
+
+  // Softmax of a row of logits; `values` is overwritten and padded to whole kSumLanes.
+  void softmax(double* values, float* q) {
+    const int k = rule_.classes;
+    const int padded = static_cast<int>(round_up(static_cast<size_t>(k), kSumLanes));
+    double highest = values[0];
+    for (int i = 1; i < k; ++i) highest = values[i] > highest ? values[i] : highest;
+    for (int i = 0; i < k; ++i) values[i] = exp_exact(values[i] - highest);
+    for (int i = k; i < padded; ++i) values[i] = 0.0;
+    double lanes[kSumLanes] = {};
+    for (int i = 0; i < padded; i += kSumLanes)
+      for (int lane = 0; lane < kSumLanes; ++lane) lanes[lane] = lanes[lane] + values[i + lane];
+    for (int half = kSumLanes / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane] + lanes[lane + half];
+    for (int i = 0; i < k; ++i) q[i] = static_cast<float>(values[i] / lanes[0]);
+  }
+
+  // Averages n rows into scratch; false when they must be looked at one by one.
+  bool stage(int64_t first_row, int n) {
+    const int64_t k = rule_.classes;
+    if (in_.logits) return stage_logits(first_row, n);
+    return with_type([&](auto type) {
+      using T = typename decltype(type)::type;
+      bool unit = true, flat = true;
+      for (int model = 0; model < in_.models; ++model) {
+        unit &= in_.class_stride[model] == 1;
+        flat &= in_.row_stride[model] == k;
+      }
+      if (!unit) return stage_strided<T>(first_row, n);
+      bool clean = true;
+      const T* models[kMaxModels];
+      for (int r = 0; r < (flat ? 1 : n); ++r) {
+        for (int model = 0; model < in_.models; ++model)
+          models[model] = entry<T>(model, first_row + r, 0);
+        clean &= stage_span(models, scratch_.staged + r * k, flat ? n * k : k);
+      }
+      return clean;
+    });
+  }
+
+  // The mean of `count` entries; false when one of several models has a negative entry.
+  template <typename T>
+  bool stage_span(const T* const* models, float* out, int64_t count) {
+    const F divisor = broadcast(static_cast<float>(in_.models));
+    F lowest = broadcast(0.0f);
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const bool whole = i + kWidth <= count;
+      F total = broadcast(0.0f);
+      for (int model = 0; model < in_.models; ++model) {
+        F x;
+        if (whole) {
+          prefetch(reinterpret_cast<const char*>(models[model] + i) + kPrefetchBytes);
+          x = load_as_float(models[model] + i);
+        } else {
+          T rest[kWidth] = {};
+          memcpy(rest, models[model] + i, sizeof(T) * static_cast<size_t>(count - i));
+          x = load_as_float(rest);
+        }
+        lowest = min(lowest, x);
+        total = model == 0 ? x : add(total, x);
+      }
+      store(out + i, in_.models == 1 ? total : div(total, divisor));
+    }
+    return in_.models == 1 || !any(greater(broadcast(0.0f), lowest));
+  }
+
+  template <typename T>
+  bool stage_strided(int64_t first_row, int n) {
+    const int k = rule_.classes;
+    bool clean = true;
+    for (int model = 0; model < in_.models; ++model) {
+      const auto put = [&](int r, int i) {
+        const float x = static_cast<float>(to_double(entry<T>(model, first_row + r, i)));
+        float& q = scratch_.staged[static_cast<int64_t>(r) * k + i];
+        clean &= !(x < 0.0f);
+        q = model == 0 ? x : q + x;
+      };
+      if (in_.row_stride[model] < in_.class_stride[model]) {  // a transposed array
+        for (int i = 0; i < k; ++i)
+          for (int r = 0; r < n; ++r) put(r, i);
+      } else {
+        for (int r = 0; r < n; ++r)
+          for (int i = 0; i < k; ++i) put(r, i);
+      }
+    }
+    if (in_.models > 1)
+      for (int64_t i = 0; i < static_cast<int64_t>(n) * k; ++i)
+        scratch_.staged[i] = scratch_.staged[i] / static_cast<float>(in_.models);
+    return clean || in_.models == 1;
+  }
+
+  bool stage_logits(int64_t first_row, int n) {
+    const int k = rule_.classes;
+    bool finite = true;
+    for (int r = 0; r < n; ++r) {
+      float* q = scratch_.staged + static_cast<int64_t>(r) * k;
+      for (int model = 0; model < in_.models; ++model) {
+        read_model(model, first_row + r, scratch_.exps);
+        for (int i = 0; i < k; ++i) finite &= fabs(scratch_.exps[i]) <= 1.7976931348623157e308;
+        softmax(scratch_.exps, scratch_.softmax);
+        for (int i = 0; i < k; ++i)
+          q[i] = model == 0 ? scratch_.softmax[i] : q[i] + scratch_.softmax[i];
+      }
+      if (in_.models > 1)
+        for (int i = 0; i < k; ++i) q[i] = q[i] / static_cast<float>(in_.models);
+    }
+    return finite;
+  }
+
+  const Predictions& in_;
+  const NcRule& rule_;
+  const Scratch& scratch_;
+  const NcOutputs& out_;
+  float tau_, alpha_, guard_all_;
+  int products_;
+  int64_t first_bad_ = -1;
+};
+
+size_t scratch_bytes(int classes, int stride) {
+  Carver carver(0);
+  Scratch(carver, classes, stride);
+  return carver.next();
+}
+
+int64_t score(const Predictions& predictions, const NcRule& rule, int64_t begin, int64_t end,
+              void* scratch_memory, const NcOutputs& outputs) {
+  Carver carver(reinterpret_cast<uintptr_t>(scratch_memory));
+  const Scratch scratch(carver, rule.classes, rule.stride);
+  return Scorer(predictions, rule, scratch, outputs).score(begin, end);
+}
+
+}  // namespace
+
+#if defined(GENKL_SIMD_AVX512)
+extern const NcKernel kNcKernelAvx512;
+const NcKernel kNcKernelAvx512 = {kSimdName, scratch_bytes, score};
+#elif defined(GENKL_SIMD_AVX2)
+extern const NcKernel kNcKernelAvx2;
+const NcKernel kNcKernelAvx2 = {kSimdName, scratch_bytes, score};
+#else
+extern const NcKernel kNcKernelPortable;
+const NcKernel kNcKernelPortable = {kSimdName, scratch_bytes, score};
+#endif
+
+}  // namespace genkl

@@ -1,0 +1,44 @@
+"""Find the images of a web-crawled training set that fit no class, or several, and train with them.
+
+    rule.py        the GenKL rule and its score          reference.py  its definition in NumPy
+    ops.py         the torch operators                   relabel.py    targets for the next training
+    objective.py   the three-term training objective     scoring/      files in, table out
+    cli/           the ``genkl`` command                 demo/         the whole loop on digits
+
+Importing this package loads neither torch nor DALI: names are resolved when first used.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import objective as objective
+    from . import ops as ops
+    from . import reference as reference
+    from . import relabel as relabel
+    from .rule import GenKL as GenKL
+    from .rule import Scores as Scores
+    from .scoring import score_files as score_files
+
+try:
+    __version__ = version("genkl-ext")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_HOME = {"GenKL": ".rule", "Scores": ".rule", "score_files": ".scoring"}
+_MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
+
+__all__ = ["GenKL", "Scores", "objective", "ops", "reference", "relabel", "score_files"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
