@@ -66,7 +66,7 @@ class Scores:
         Exact at ``rule.alpha``. Elsewhere a row is decided by its float32 critical alpha, which
         lies within ``rule.resolution`` (relative) of the exact one.
         """
-        _require_number("at", "alpha", alpha, "a finite number >= 0", alpha >= 0)
+        _require_number("at", "alpha", alpha, low=0)
         return self.critical_alpha >= alpha
 
     def check(self) -> Scores:
@@ -126,9 +126,9 @@ class GenKL:
         _require_integer(name, "num_classes", self.num_classes, 2, 1 << 24)
         _require_integer(name, "num_vectors", self.num_vectors, 1, 1 << 16)
         _require_integer(name, "seed", self.seed, 0, 2**32 - 1)
-        _require_number(name, "alpha", self.alpha, "a finite number >= 0", self.alpha >= 0)
-        _require_number(name, "sigma", self.sigma, "a finite number >= 0", self.sigma >= 0)
-        _require_number(name, "beta", self.beta, "a finite number", True)
+        _require_number(name, "alpha", self.alpha, low=0)
+        _require_number(name, "sigma", self.sigma, low=0)
+        _require_number(name, "beta", self.beta)
         if not self.tau > 0:
             raise ValueError(
                 f"{name}: beta must be below 1/num_classes = {1 / self.num_classes:.6g} "
@@ -382,10 +382,11 @@ def _require_integer(where: str, name: str, value: Any, low: int, high: int) -> 
         raise ValueError(f"{where}: {name} must be from {low} to {high}, got {value}")
 
 
-def _require_number(where: str, name: str, value: Any, wanted: str, right: Any) -> None:
+def _require_number(where: str, name: str, value: Any, low: float = -math.inf) -> None:
+    wanted = "a finite number" if low == -math.inf else f"a finite number >= {low:g}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(
         value, (int, float, np.integer, np.floating)
     ):
         raise TypeError(f"{where}: {name} must be {wanted}, got {value!r}")
-    if not (math.isfinite(value) and right):
+    if not (math.isfinite(value) and value >= low):
         raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}")
