@@ -2,8 +2,8 @@
 //
 //   stage     averages, converts, takes the softmax: a block of rows becomes float32 in cache.
 //             One float32 array of probabilities is walked where it lies.
-//   columns   few classes, or rows with many dominant entries: kWidth rows side by side in the lanes,
-//             one class after the other
+//   columns   few classes, or rows with many dominant entries: rows side by side in the lanes, one
+//             class after the other
 //   compact   many classes: the few dominant entries of a row are gathered, and their logarithms
 //             multiply rows of the weight matrix, lanes over the uniform-like vectors
 //   single    one distinct vector (sigma = 0): lanes over the classes
@@ -36,13 +36,15 @@ inline F load_as_float(const double* p) { return load_double(p); }
 constexpr int kBlockBytes = 64 * 1024;   // staged rows: they must stay in the second-level cache
 constexpr int kPrefetchBytes = 4096;     // how far ahead of the walk memory is asked for
 constexpr int kColumnsUpTo = 32;         // classes
-constexpr int kUnroll = 4;               // vectors per step of a scan
+constexpr int kWord = 64;                // classes whose dominance is noted in one integer
 constexpr int kPad = 4;                  // entries of a compacted row come in fours
 constexpr int kLine = 64;                // bytes of a cache line
 constexpr int kMinNormalExponent = 126;  // 2^-126 is the smallest normal float
 constexpr float kLowest = -3.402823466e38f;
-// Accumulators of the columns walk that fit the register file beside the operands.
-constexpr int kColumnsVectors = kWidth == 16 ? 20 : 10;
+// The columns walk takes this many rows at once: every weight it loads serves two lane-vectors. Its
+// accumulators, two for each of kColumnsVectors, fill the register file.
+constexpr int kColumnsRows = 2 * kWidth;
+constexpr int kColumnsVectors = kWidth == 16 ? 10 : 5;
 
 constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
@@ -69,11 +71,10 @@ int block_rows(int classes) {
 
 struct Scratch {
   float* staged;       // [block_rows, classes]
-  float* logs;         // columns: [classes, kWidth]; compact: logarithms of `values`
+  float* logs;         // columns: [classes, kColumnsRows]; compact: logarithms of `values`
   float* values;       // compact: dominant entries, row after row
-  int32_t* index;      // columns: live classes; compact: their classes
-  int32_t* steps;      // compact: steps of a row that hold a dominant entry
-  float* sums;         // a_j: columns [stride, kWidth], compact [kWidth, stride]
+  int32_t* index;      // compact: their classes
+  float* sums;         // a_j: columns [stride, kColumnsRows], compact [kWidth, stride]
   double* row;         // [classes] one row in float64
   double* exps;        // [classes, rounded up to kSumLanes]
   double* cross;       // [vectors]
@@ -81,13 +82,12 @@ struct Scratch {
 
   Scratch(Carver& carver, int classes, int stride) {
     const size_t k = static_cast<size_t>(classes);
-    const size_t entries = kWidth * (k + kPad + 2 * kWidth);
+    const size_t entries = kColumnsRows * (k + kPad + 2 * kWidth);
     staged = carver.take<float>(static_cast<size_t>(block_rows(classes)) * k + kWidth);
     logs = carver.take<float>(entries);
     values = carver.take<float>(entries);
     index = carver.take<int32_t>(entries);
-    steps = carver.take<int32_t>(k / kWidth + 2);
-    sums = carver.take<float>(static_cast<size_t>(stride) * kWidth);
+    sums = carver.take<float>(static_cast<size_t>(stride) * kColumnsRows);
     row = carver.take<double>(k);
     exps = carver.take<double>(round_up(k, kSumLanes));
     cross = carver.take<double>(static_cast<size_t>(stride));
@@ -156,14 +156,16 @@ class Scorer {
   // ---- columns ---------------------------------------------------------------------------------
 
   void columns(const float* rows, int64_t stride, int64_t first_row, int n) {
-    for (int r = 0; r < n; r += kWidth) {
-      const int present = n - r < kWidth ? n - r : kWidth;
-      const float* row[kWidth];
-      for (int lane = 0; lane < kWidth; ++lane)
-        row[lane] = rows + (r + (lane < present ? lane : 0)) * stride;
+    for (int r = 0; r < n; r += kColumnsRows) {
+      const int present = n - r < kColumnsRows ? n - r : kColumnsRows;
+      const float* row[kColumnsRows];
+      for (int i = 0; i < kColumnsRows; ++i) row[i] = rows + (r + (i < present ? i : 0)) * stride;
       const char* ahead = reinterpret_cast<const char*>(row[0]) + kPrefetchBytes;
-      for (int64_t b = 0; b < kWidth * stride * 4; b += kLine) prefetch(ahead + b);
-      emit(columns_group(row), first_row + r, nullptr, present);
+      for (int64_t b = 0; b < kColumnsRows * stride * 4; b += kLine) prefetch(ahead + b);
+      Group g[2];
+      columns_groups(row, g);
+      emit(g[0], first_row + r, nullptr, present < kWidth ? present : kWidth);
+      if (present > kWidth) emit(g[1], first_row + r + kWidth, nullptr, present - kWidth);
     }
   }
 
@@ -181,9 +183,41 @@ class Scorer {
     }
   };
 
-  Group columns_group(const float* const* row) {
+  // Scores kColumnsRows rows, kWidth of them in each group.
+  void columns_groups(const float* const* row, Group* g) const {
     const int k = rule_.classes;
-    float* const logs = scratch_.logs;
+    F critical[2], divergence[2];
+    for (int half = 0; half < 2; ++half) {
+      const Columns t = read_columns(row + half * kWidth, scratch_.logs + half * kWidth);
+      g[half].additions = k;
+      g[half].sum = t.sum;
+      g[half].lowest = t.lowest;
+      g[half].top = t.top;
+      g[half].top_class = sub(t.top_class, broadcast(int32_t{1}));
+      critical[half] = broadcast(0.0f);
+      divergence[half] = broadcast(kLowest);
+    }
+    keep_logs(scratch_.logs, k);
+    if (rule_.vectors == 1) {
+      columns_product<1>(0, critical, divergence);
+    } else {
+      for (int j = 0; j < rule_.vectors; j += kColumnsVectors)
+        columns_product<kColumnsVectors>(j, critical, divergence);
+    }
+    const F lower = broadcast(alpha_ * (1.0f - guard_all_));
+    for (int half = 0; half < 2; ++half) {
+      g[half].critical = critical[half];
+      g[half].divergence = divergence[half];
+      g[half].votes = broadcast(int32_t{0});
+      g[half].unsettled = greater(broadcast(0.0f), broadcast(0.0f));
+      if (any(greater_equal(critical[half], lower)))
+        count_votes(scratch_.sums + half * kWidth, lower, g[half]);
+    }
+  }
+
+  // Turns kWidth rows into columns: entries[c * kColumnsRows ...] are their entries of class c.
+  Columns read_columns(const float* const* row, float* entries) const {
+    const int k = rule_.classes;
     Columns t;
     F q[kWidth];
     int c = 0;
@@ -194,69 +228,46 @@ class Scorer {
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
         t.take(q[i], c + i);
-        store(logs + (c + i) * kWidth, q[i]);
+        store(entries + (c + i) * kColumnsRows, q[i]);
       }
     }
-    if (c < k) {
-      if (k >= kWidth) {  // the last vectors end with the row; classes taken before are passed over
+    if (c == k) return t;
+    if (k >= kWidth) {  // the last vectors end with the row; classes taken before are passed over
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + k - kWidth);
-      } else {
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kWidth; ++lane) q[lane] = load_first(row[lane], k);
-      }
-      transpose(q);
-      const int start = k >= kWidth ? k - kWidth : 0;
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        if (start + i < c || start + i >= k) continue;
-        t.take(q[i], start + i);
-        store(logs + (start + i) * kWidth, q[i]);
-      }
-    }
-    keep_logs(logs, k);
-    F critical = broadcast(0.0f), divergence = broadcast(kLowest);
-    if (rule_.vectors == 1) {
-      columns_product<1>(0, critical, divergence);
+      for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + k - kWidth);
     } else {
-      for (int j = 0; j < rule_.vectors; j += kColumnsVectors)
-        columns_product<kColumnsVectors>(j, critical, divergence);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kWidth; ++lane) q[lane] = load_first(row[lane], k);
     }
-    Group g;
-    g.additions = k;
-    g.sum = t.sum;
-    g.lowest = t.lowest;
-    g.top = t.top;
-    g.top_class = sub(t.top_class, broadcast(int32_t{1}));
-    g.critical = critical;
-    g.divergence = divergence;
-    g.votes = broadcast(int32_t{0});
-    g.unsettled = greater(broadcast(0.0f), broadcast(0.0f));
-    const F lower = broadcast(alpha_ * (1.0f - guard_all_));
-    if (any(greater_equal(critical, lower))) count_votes(lower, g);
-    return g;
+    transpose(q);
+    const int start = k >= kWidth ? k - kWidth : 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (start + i < c || start + i >= k) continue;
+      t.take(q[i], start + i);
+      store(entries + (start + i) * kColumnsRows, q[i]);
+    }
+    return t;
   }
 
-  // Replaces every entry of [classes, kWidth] by its logarithm if it is dominant, else by 0.
+  // Replaces every entry of [classes, kColumnsRows] by its logarithm if it is dominant, else by 0.
   void keep_logs(float* entries, int classes) const {
     const F tau = broadcast(tau_);
-    const float* const end = entries + static_cast<int64_t>(classes) * kWidth;
-    for (; entries + 2 * kWidth <= end; entries += 2 * kWidth) {
+    const float* const end = entries + static_cast<int64_t>(classes) * kColumnsRows;
+    for (; entries < end; entries += kColumnsRows) {
       const F x = load(entries), y = load(entries + kWidth);
       store(entries, keep(greater_equal(x, tau), log2(x)));
       store(entries + kWidth, keep(greater_equal(y, tau), log2(y)));
     }
-    if (entries == end) return;
-    const F x = load(entries);
-    store(entries, keep(greater_equal(x, tau), log2(x)));
   }
 
-  void count_votes(F lower, Group& g) const {
+  // Votes of kWidth rows: the a_j above the band around alpha; a_j within it are unsettled.
+  void count_votes(const float* sums, F lower, Group& g) const {
     const F upper = broadcast(alpha_ * (1.0f + guard_all_));
     I votes = broadcast(int32_t{0});
     Mask unsettled = g.unsettled;
     for (int j = 0; j < rule_.vectors; ++j) {
-      const F a = load(scratch_.sums + j * kWidth);
+      const F a = load(sums + j * kColumnsRows);
       const Mask vote = greater(a, upper);
       votes = count(votes, vote);
       unsettled = either(unsettled, both_not(greater_equal(a, lower), vote));
@@ -265,37 +276,51 @@ class Scorer {
     g.unsettled = unsettled;
   }
 
-  // a_j of kCount vectors from j on, for kWidth rows: kept logarithms times weights.
+  // a_j of kCount vectors from j on, for kColumnsRows rows: kept logarithms times weights.
   template <int kCount>
-  void columns_product(int j, F& critical, F& divergence) const {
-    F a[kCount];
-#pragma GCC unroll 20
-    for (int i = 0; i < kCount; ++i) a[i] = broadcast(0.0f);
+  void columns_product(int j, F* critical, F* divergence) const {
+    F a[kCount], b[kCount];
+#pragma GCC unroll 10
+    for (int i = 0; i < kCount; ++i) a[i] = b[i] = broadcast(0.0f);
     const float* w = rule_.weights + j;
     const float* log_q = scratch_.logs;
     const int64_t stride = rule_.stride;
-    for (int c = rule_.classes; c > 0; --c, w += stride, log_q += kWidth) {
-      const F x = load(log_q);
-#pragma GCC unroll 20
-      for (int i = 0; i < kCount; ++i) a[i] = fma(x, broadcast(w[i]), a[i]);
+    for (int c = rule_.classes; c > 0; --c, w += stride, log_q += kColumnsRows) {
+      const F x = load(log_q), y = load(log_q + kWidth);
+#pragma GCC unroll 10
+      for (int i = 0; i < kCount; ++i) {
+        const F weight = broadcast(w[i]);
+        a[i] = fma(x, weight, a[i]);
+        b[i] = fma(y, weight, b[i]);
+      }
     }
-    float* const sums = scratch_.sums + j * kWidth;
+    float* const sums = scratch_.sums + j * kColumnsRows;
     const float* const entropy = rule_.entropy + j;
     const float* const offset = rule_.offset + j;
-#pragma GCC unroll 20
+    F critical_a = critical[0], critical_b = critical[1];
+    F divergence_a = divergence[0], divergence_b = divergence[1];
+#pragma GCC unroll 10
     for (int i = 0; i < kCount; ++i) {
-      critical = max(critical, a[i]);
-      divergence = max(divergence, fma(broadcast(entropy[i]), a[i], broadcast(offset[i])));
-      store(sums + i * kWidth, a[i]);
+      const F h = broadcast(entropy[i]), shift = broadcast(offset[i]);
+      critical_a = max(critical_a, a[i]);
+      critical_b = max(critical_b, b[i]);
+      divergence_a = max(divergence_a, fma(h, a[i], shift));
+      divergence_b = max(divergence_b, fma(h, b[i], shift));
+      store(sums + i * kColumnsRows, a[i]);
+      store(sums + i * kColumnsRows + kWidth, b[i]);
     }
+    critical[0] = critical_a;
+    critical[1] = critical_b;
+    divergence[0] = divergence_a;
+    divergence[1] = divergence_b;
   }
 
   // ---- compact ---------------------------------------------------------------------------------
 
   void compact(const float* rows, int64_t stride, int64_t first_row, int n) {
     int waiting = 0;  // rows with many dominant entries, for the columns walk
-    int64_t number[kWidth];
-    const float* row[kWidth];
+    int64_t number[kColumnsRows];
+    const float* row[kColumnsRows];
     for (int r = 0; r < n; r += kWidth) {
       const int present = n - r < kWidth ? n - r : kWidth;
       uint32_t dense = compact_group(rows + r * stride, stride, first_row + r, present);
@@ -303,20 +328,24 @@ class Scorer {
         const int lane = __builtin_ctz(dense);
         number[waiting] = first_row + r + lane;
         row[waiting++] = rows + (r + lane) * stride;
-        if (waiting < kWidth) continue;
-        emit(columns_group(row), 0, number, kWidth);
-        waiting = 0;
+        if (waiting == kColumnsRows) scattered(row, number, waiting);
       }
     }
-    if (waiting == 0) return;
-    for (int lane = waiting; lane < kWidth; ++lane) row[lane] = row[0];
-    emit(columns_group(row), 0, number, waiting);
+    if (waiting) scattered(row, number, waiting);
+  }
+
+  // The columns walk over rows from anywhere; leaves none waiting.
+  void scattered(const float** row, const int64_t* number, int& waiting) {
+    for (int i = waiting; i < kColumnsRows; ++i) row[i] = row[0];
+    Group g[2];
+    columns_groups(row, g);
+    emit(g[0], 0, number, waiting < kWidth ? waiting : kWidth);
+    if (waiting > kWidth) emit(g[1], 0, number + kWidth, waiting - kWidth);
+    waiting = 0;
   }
 
   // Scores the rows with few dominant entries; returns which rows have many and are left.
   uint32_t compact_group(const float* rows, int64_t stride, int64_t first_row, int present) {
-    const int k = rule_.classes;
-    const int many = k / 2;
     const F none = broadcast(0.0f);
     F sum[kWidth], lowest[kWidth], tops[kWidth], critical[kWidth], divergence[kWidth];
     int32_t begin[kWidth];
@@ -329,12 +358,11 @@ class Scorer {
       begin[lane] = filled;
       if (lane >= present) continue;
       const int end = gather(rows + lane * stride, filled, sum[lane], lowest[lane]);
-      dominant[lane] = end - filled;
-      if (dominant[lane] > many) {
+      if (end < 0) {
         dense |= 1u << lane;
-        dominant[lane] = 0;
         continue;
       }
+      dominant[lane] = end - filled;
       // Entries of 1, whose logarithm is 0, fill the row up to whole fours.
       for (int i = 0; i < kPad; ++i) {
         scratch_.values[end + i] = 1.0f;
@@ -355,7 +383,7 @@ class Scorer {
     }
 
     Group g;
-    g.additions = rule_.classes / kWidth + kWidth + kUnroll;
+    g.additions = rule_.classes / kWidth + kWidth;
     g.sum = fold_lanes(sum, Add());
     g.lowest = fold_lanes(lowest, Min());
     g.top = fold_lanes(tops, Max());
@@ -396,48 +424,67 @@ class Scorer {
     return dense;
   }
 
-  // Appends a row's dominant entries and their classes from `at` on; returns the end. Adds up the
-  // row in passing.
-  int gather(const float* row, int at, F& sum, F& lowest) {
+  // Appends a row's dominant entries and their classes from `at` on; returns the end, or -1 when
+  // most of the first classes are dominant and the columns walk is the better one. Adds up the row
+  // in passing.
+  int gather(const float* row, int at, F& row_sum, F& row_lowest) const {
     const int k = rule_.classes;
-    int32_t* const found = scratch_.steps;
-    float* const values = scratch_.values;
-    int32_t* const index = scratch_.index;
     const F tau = broadcast(tau_);
-    constexpr int kStep = kUnroll * kWidth;
-    int steps = 0, c = 0;
-    for (; c + kStep <= k; c += kStep) {
-      const char* ahead = reinterpret_cast<const char*>(row + c) + kPrefetchBytes;
+    F sum = broadcast(0.0f), lowest = sum;
+    int first = 0;
+    for (; first + kWord <= k; first += kWord) {
+      const float* const entries = row + first;
 #pragma GCC unroll 4
-      for (int b = 0; b < kStep * 4; b += kLine) prefetch(ahead + b);
-      const F q0 = load(row + c), q1 = load(row + c + kWidth);
-      const F q2 = load(row + c + 2 * kWidth), q3 = load(row + c + 3 * kWidth);
-      sum = add(sum, add(add(q0, q1), add(q2, q3)));
-      lowest = min(lowest, min(min(q0, q1), min(q2, q3)));
-      const F high = max(max(q0, q1), max(q2, q3));
-      found[steps] = c;
-      steps += any(greater_equal(high, tau));
+      for (int b = 0; b < kWord * 4; b += kLine)
+        prefetch(reinterpret_cast<const char*>(entries) + b + kPrefetchBytes);
+      uint64_t dominant = 0;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWord; i += 2 * kWidth) {
+        const F x = load(entries + i), y = load(entries + i + kWidth);
+        sum = add(sum, add(x, y));
+        lowest = min(lowest, min(x, y));
+        dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
+        dominant |= static_cast<uint64_t>(bits(greater_equal(y, tau))) << (i + kWidth);
+      }
+      if (first == 0 && __builtin_popcountll(dominant) > kWord / 2) return -1;
+      at = append(entries, first, kWord, dominant, at);
     }
-    for (int s = 0; s < steps; ++s) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kUnroll; ++i)
-        at = append(load(row + found[s] + i * kWidth), found[s] + i * kWidth, tau, values, index, at);
+    if (first < k) {
+      const float* const entries = row + first;
+      uint64_t dominant = 0;
+      for (int i = 0; first + i < k; i += kWidth) {
+        const int left = k - first - i;
+        const F x = left < kWidth ? load_first(entries + i, left) : load(entries + i);
+        sum = add(sum, x);
+        lowest = min(lowest, x);
+        dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
+      }
+      if (first == 0 && __builtin_popcountll(dominant) > k / 2) return -1;
+      at = append(entries, first, k - first, dominant, at);
     }
-    for (; c < k; c += kWidth) {
-      const F q = k - c < kWidth ? load_first(row + c, k - c) : load(row + c);
-      sum = add(sum, q);
-      lowest = min(lowest, q);
-      at = append(q, c, tau, values, index, at);
-    }
+    row_sum = sum;
+    row_lowest = lowest;
     return at;
   }
 
-  static int append(F q, int first_class, F tau, float* values, int32_t* index, int at) {
-    const Mask dominant = greater_equal(q, tau);
-    const uint32_t b = bits(dominant);
-    compress(values + at, dominant, b, q);
-    compress(index + at, dominant, b, add(broadcast(int32_t{first_class}), lane_numbers()));
-    return at + __builtin_popcount(b);
+  // Appends the entries whose bits are set, of `count` in reach. They are taken four at a time: the
+  // number of rounds can be foretold more often than the number of entries. What is taken too much
+  // is overwritten later.
+  int append(const float* entries, int first_class, int count, uint64_t dominant, int at) const {
+    const int n = __builtin_popcountll(dominant);
+    const uint64_t last = uint64_t{1} << (count - 1);
+    float* const values = scratch_.values + at;
+    int32_t* const index = scratch_.index + at;
+    for (int t = 0; t < n; t += kPad) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPad; ++i) {
+        const int c = __builtin_ctzll(dominant | last);
+        values[t + i] = entries[c];
+        index[t + i] = first_class + c;
+        dominant &= dominant - 1;
+      }
+    }
+    return at + n;
   }
 
   // Lanes whose maximum is the largest of n gathered entries.
@@ -520,91 +567,109 @@ class Scorer {
     return length < 1 ? 1 : length > 8 ? 8 : length;
   }
 
+  // What a walk over the classes of one row gathers, lane by lane.
+  struct Single {
+    F sum = broadcast(0.0f), lowest = broadcast(0.0f), total = broadcast(0.0f);
+    F top = broadcast(-1.0f);
+    I top_class = broadcast(int32_t{0});  // plus one
+    Mask dominant = greater(broadcast(0.0f), broadcast(0.0f));
+  };
+
   void single(const float* rows, int64_t stride, int64_t first_row, int n) {
+    const F none = broadcast(0.0f);
     for (int r = 0; r < n; r += kWidth) {
       const int present = n - r < kWidth ? n - r : kWidth;
-      F sum[kWidth], lowest[kWidth], total[kWidth], dominant[kWidth];
-      alignas(64) float top[kWidth] = {};
-      alignas(64) int32_t top_class[kWidth] = {};
+      F sum[kWidth], lowest[kWidth], total[kWidth], tops[kWidth];
+      I classes[kWidth];
+      uint32_t empty = 0;  // rows without a dominant entry
       for (int lane = 0; lane < kWidth; ++lane) {
-        sum[lane] = lowest[lane] = total[lane] = dominant[lane] = broadcast(0.0f);
-        if (lane >= present) continue;
-        const float* row = rows + (r + lane) * stride;
-        if (products_ > 1)
-          single_row<true>(row, sum[lane], lowest[lane], total[lane], dominant[lane], top[lane],
-                           top_class[lane]);
-        else
-          single_row<false>(row, sum[lane], lowest[lane], total[lane], dominant[lane], top[lane],
-                            top_class[lane]);
+        const float* row = rows + (r + (lane < present ? lane : 0)) * stride;
+        const Single t = products_ > 1 ? single_row<true>(row) : single_row<false>(row);
+        sum[lane] = t.sum;
+        lowest[lane] = t.lowest;
+        total[lane] = t.total;
+        tops[lane] = t.top;
+        classes[lane] = t.top_class;
+        empty |= static_cast<uint32_t>(!any(t.dominant)) << lane;
       }
       Group g;
-      g.additions = rule_.classes / kWidth + kWidth + kUnroll;
-    g.sum = fold_lanes(sum, Add());
+      g.additions = rule_.classes / kWidth + kWidth;
+      g.sum = fold_lanes(sum, Add());
       g.lowest = fold_lanes(lowest, Min());
-      g.top = load(top);
+      g.top = fold_lanes(tops, Max());
+      alignas(64) float top[kWidth], settle[kWidth];
+      alignas(64) int32_t top_class[kWidth];
+      store(top, g.top);
+      for (int lane = 0; lane < kWidth; ++lane) {
+        top_class[lane] = lowest_class(equal(tops[lane], broadcast(top[lane])), classes[lane]);
+        settle[lane] = static_cast<float>(empty >> lane & 1);
+      }
       g.top_class = load(top_class);
-      const F a = fold_lanes(total, Add());
-      const F n_dominant = fold_lanes(dominant, Add());
-      g.critical = max(a, broadcast(0.0f));
-      g.divergence = fma(broadcast(rule_.entropy[0]), a, broadcast(rule_.offset[0]));
+      g.critical = max(fold_lanes(total, Add()), none);
+      g.divergence = fma(broadcast(rule_.entropy[0]), g.critical, broadcast(rule_.offset[0]));
       const F lower = broadcast(alpha_ * (1.0f - guard_all_));
-      const Mask vote = greater(a, broadcast(alpha_ * (1.0f + guard_all_)));
+      const Mask vote = greater(g.critical, broadcast(alpha_ * (1.0f + guard_all_)));
       g.votes = count(broadcast(int32_t{0}), vote);
-      g.unsettled = either(both_not(greater_equal(a, lower), vote),
-                           equal(n_dominant, broadcast(0.0f)));
+      g.unsettled = either(both_not(greater_equal(g.critical, lower), vote),
+                           greater(load(settle), none));
       emit(g, first_row + r, nullptr, present);
     }
+  }
+
+  // The lowest class, of those one too high in the lanes of the mask; 0 when it is empty (NaN).
+  static int32_t lowest_class(Mask highest, I classes) {
+    uint32_t lanes = bits(highest);
+    if (lanes == 0) return 0;
+    alignas(64) int32_t all[kWidth];
+    store(all, classes);
+    int32_t lowest = all[__builtin_ctz(lanes)];
+    for (lanes &= lanes - 1; lanes; lanes &= lanes - 1) {
+      const int32_t other = all[__builtin_ctz(lanes)];
+      lowest = other < lowest ? other : lowest;
+    }
+    return lowest - 1;
   }
 
   // One row, lanes over the classes. With kProducts all weights are equal, and up to eight dominant
   // entries are multiplied before one logarithm is taken of them. A product of several has a relative
   // error of 7 e at most, hence 7 log2(e) e absolute in its logarithm; two entries of a row that sums
   // to 1 have a product of at most 1/4, so the logarithm is at least 2 and its relative error below
-  // 5.1 e. The guard's proof has that to spare: here a term takes part in n / 8 sums, not n.
+  // 5.1 e. The guard's proof has that to spare: here a term takes part in n / 8 sums, and the guard is
+  // that of all classes.
   template <bool kProducts>
-  void single_row(const float* row, F& sum, F& lowest, F& total, F& dominant, float& top,
-                  int32_t& top_class) {
+  Single single_row(const float* row) const {
     const int k = rule_.classes;
-    const F tau = broadcast(tau_), one = broadcast(1.0f);
-    F product = one, high = broadcast(-1.0f);
-    I high_class = broadcast(int32_t{0}), classes = lane_numbers();
+    const F tau = broadcast(tau_), one = broadcast(1.0f), weight = broadcast(rule_.weights[0]);
+    const I step = broadcast(int32_t{kWidth});
+    Single t;
+    F product = one;
+    I classes = add(lane_numbers(), broadcast(int32_t{1}));
     int factors = 0;
-    for (int c = 0; c < k; c += kWidth) {
+    for (int c = 0; c < k; c += kWidth, classes = add(classes, step)) {
       prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
       const F q = k - c < kWidth ? load_first(row + c, k - c) : load(row + c);
-      sum = add(sum, q);
-      lowest = min(lowest, q);
-      const Mask higher = greater(q, high);
-      high = select(higher, q, high);
-      high_class = select(higher, classes, high_class);
-      classes = add(classes, broadcast(int32_t{kWidth}));
+      t.sum = add(t.sum, q);
+      t.lowest = min(t.lowest, q);
+      const Mask higher = greater(q, t.top);
+      t.top = max(q, t.top);
+      t.top_class = max(t.top_class, keep(higher, classes));
       const Mask counts = greater_equal(q, tau);
-      dominant = add(dominant, keep(counts, one));
+      t.dominant = either(t.dominant, counts);
       if (kProducts) {
         product = mul(product, select(counts, q, one));
         if (++factors < products_) continue;
-        total = fma(broadcast(rule_.weights[0]), log2(product), total);
+        t.total = fma(weight, log2(product), t.total);
         product = one;
         factors = 0;
       } else if (any(counts)) {
         alignas(64) float w[kWidth] = {};
         for (int i = 0; i < kWidth && c + i < k; ++i)
           w[i] = rule_.weights[static_cast<int64_t>(c + i) * rule_.stride];
-        total = fma(load(w), keep(counts, log2(q)), total);
+        t.total = fma(load(w), keep(counts, log2(q)), t.total);
       }
     }
-    if (kProducts) total = fma(broadcast(rule_.weights[0]), log2(product), total);
-    alignas(64) float lane_top[kWidth];
-    alignas(64) int32_t lane_class[kWidth];
-    store(lane_top, high);
-    store(lane_class, high_class);
-    top = lane_top[0];
-    top_class = lane_class[0];
-    for (int i = 1; i < kWidth; ++i) {
-      if (lane_top[i] < top || (lane_top[i] == top && lane_class[i] > top_class)) continue;
-      top = lane_top[i];
-      top_class = lane_class[i];
-    }
+    if (kProducts) t.total = fma(weight, log2(product), t.total);
+    return t;
   }
 
   // ---- results ---------------------------------------------------------------------------------

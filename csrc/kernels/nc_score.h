@@ -12,7 +12,7 @@
 //   Let e = 2^-24 and n the number of dominant entries. The weight u_ji / H_j is rounded once (e);
 //   the float32 log2 is right to kLog2Error e; a product and a sum are rounded at most once each, a
 //   term takes part in at most n sums. For a row with all q_i <= 1 every term is >= 0, so the errors
-//   are relative to the sum itself: |computed a_j - a_j| <= ((1+e)^(n+6) - 1) a_j. The roundings of
+//   are relative to the sum itself: |computed a_j - a_j| <= ((1+e)^(n+8) - 1) a_j. The roundings of
 //   H_j, of alpha H_j and of the two thresholds add 4 e, the float64
 //   definition's own error, (k + 32) 2^-53, less than e. Hence for k <= 65536, with
 //       guard(n) = 1.01 (n + 16) e,

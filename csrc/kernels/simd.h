@@ -68,13 +68,6 @@ inline I keep(Mask m, I a) { return _mm512_maskz_mov_epi32(m, a); }
 inline F select(Mask m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
 inline I select(Mask m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
 inline I count(I total, Mask m) { return _mm512_mask_add_epi32(total, m, total, broadcast(1)); }
-// Writes the lanes of `a` chosen by the mask side by side; up to kWidth entries are overwritten.
-inline void compress(float* p, Mask m, uint32_t, F a) {
-  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m, a));
-}
-inline void compress(int32_t* p, Mask m, uint32_t, I a) {
-  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a));
-}
 inline F load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -153,16 +146,6 @@ using F = __m256;
 using I = __m256i;
 using Mask = __m256;  // all bits of a lane, or none
 
-// Row b holds the numbers of the bits set in b, lowest first.
-struct CompressTable {
-  alignas(64) uint8_t lanes[256][8];
-  constexpr CompressTable() : lanes() {
-    for (int b = 0; b < 256; ++b)
-      for (int lane = 0, n = 0; lane < 8; ++lane)
-        if (b >> lane & 1) lanes[b][n++] = static_cast<uint8_t>(lane);
-  }
-};
-constexpr CompressTable kCompress;
 alignas(64) constexpr int32_t kFirst[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -202,17 +185,6 @@ inline I keep(Mask m, I a) { return _mm256_and_si256(as_int(m), a); }
 inline F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
 inline I select(Mask m, I a, I b) { return as_int(select(m, as_float(a), as_float(b))); }
 inline I count(I total, Mask m) { return sub(total, as_int(m)); }
-inline I compress_lanes(uint32_t b) {
-  return _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lanes[b])));
-}
-// Writes the lanes of `a` chosen by the mask side by side; up to kWidth entries are overwritten.
-inline void compress(float* p, Mask, uint32_t b, F a) {
-  store(p, _mm256_permutevar8x32_ps(a, compress_lanes(b)));
-}
-inline void compress(int32_t* p, Mask, uint32_t b, I a) {
-  store(p, _mm256_permutevar8x32_epi32(a, compress_lanes(b)));
-}
 inline F load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -327,11 +299,6 @@ inline uint32_t bits(Mask a) {
   return static_cast<uint32_t>((a[0] & 1) | (a[1] & 2) | (a[2] & 4) | (a[3] & 8));
 }
 inline bool any(Mask a) { return bits(a) != 0; }
-// Writes the lanes of `a` chosen by the bits side by side; up to kWidth entries are overwritten.
-template <typename T, typename V>
-inline void compress(T* p, Mask, uint32_t b, V a) {
-  for (; b; b &= b - 1) *p++ = a[__builtin_ctz(b)];
-}
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   const uint32_t magnitude = h & 0x7fff;
@@ -375,10 +342,12 @@ inline F log2(F x) {  // log2_fast, lane by lane
   const I xi = as_int(x);
   const I exponent = shift_right_23(sub(xi, broadcast(kThreeQuarters)));
   const F r = sub(as_float(sub(xi, shift_left_23(exponent))), broadcast(1.0f));
-  F p = broadcast(kLog2Coefficients[0]);
-#pragma GCC unroll 9
-  for (int i = 1; i < kLog2Terms; ++i) p = fma(p, r, broadcast(kLog2Coefficients[i]));
-  return fma(r, p, to_float(exponent));
+  const auto c = [](int n) { return broadcast(kLog2Coefficients[n]); };
+  const F r2 = mul(r, r), r4 = mul(r2, r2);
+  const F low = fma(fma(c(3), r, c(2)), r2, fma(c(1), r, c(0)));
+  const F high = fma(fma(c(7), r, c(6)), r2, fma(c(5), r, c(4)));
+  const F top = fma(fma(c(9), r, c(8)), r4, high);
+  return fma(r, fma(top, r4, low), to_float(exponent));
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }

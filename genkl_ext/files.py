@@ -1,0 +1,101 @@
+"""Files that are either complete or absent.
+
+    with atomic_write("scores.csv") as temporary:
+        temporary.write_text(table)
+
+A reader, or a job that is started again after a crash, sees the old file or the new one, never
+half of one. What a killed process leaves is its temporary file, ``.NAME.*.partial.SUFFIX``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LONGEST_STEM = 64  # bytes; leaves a temporary name room for its own parts below the usual 255
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to; put it in place of ``path`` when the block ends well.
+
+    The temporary file lies in the same folder and has the same suffix, so writers that look at
+    suffixes work. At the end it is synced to disk, renamed over ``path``, and the folder is
+    synced. If the block raises, the temporary file is removed and ``path`` is left as it was.
+    A symbolic link is followed, not replaced.
+
+    Args:
+        path: the file to write. An existing one is replaced.
+
+    Yields:
+        The temporary file: it exists, is empty, and has the permissions of a new file.
+
+    Raises:
+        OSError: as :func:`require_writable`, or from writing.
+    """
+    target = _target(path)
+    temporary = _create_beside(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ``OSError`` unless :func:`atomic_write` could write ``path`` now.
+
+    For jobs that compute for hours before they write: nothing is left behind, and an existing
+    file is not touched.
+    """
+    _create_beside(_target(path)).unlink()
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file behind ``path``, once it is known to be a regular file or none in a folder."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {os.fspath(path)}: it is a folder")
+    if target.exists() and not target.is_file():
+        raise OSError(f"cannot write {os.fspath(path)}: it is not a regular file")
+    if target.exists() and not os.access(target, os.W_OK):
+        # The rename would succeed, but somebody protected this file.
+        raise PermissionError(f"cannot write {os.fspath(path)}: it is read-only")
+    if not target.parent.is_dir():
+        kind = "is not a folder" if target.parent.exists() else "does not exist"
+        raise FileNotFoundError(f"cannot write {os.fspath(path)}: {target.parent} {kind}")
+    return target
+
+
+def _create_beside(target: Path) -> Path:
+    stem = target.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+    temporary = target.with_name(f".{stem}.{os.urandom(6).hex()}.partial{target.suffix}")
+    try:
+        # Not tempfile: its files are readable by their owner only, and would stay so.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise type(error)(f"cannot write {target}: {os.strerror(error.errno or 0)}") from error
+    return temporary
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        _sync(folder)
+    except OSError as error:
+        # Some network file systems know no fsync of a folder; the file itself is synced.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise

@@ -1,0 +1,195 @@
+"""The table of scores: one row per row of the predictions, in their order.
+
+    row             int64    number of the row, from 0
+    key             string   its line of the key list, where one was given
+    critical_alpha  float32  larger means more non-conforming
+    divergence      float32  in bits
+    votes           int32    vectors that vote non-conforming
+    nc              bool     votes > 0
+    top_class       int32    the most probable class
+    top_prob        float32  its probability
+
+The suffix of the file name chooses the format. Parquet carries the settings and fingerprints with
+it (:func:`read_settings`); CSV and NumPy files have no place for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .keys import BLOCK_ROWS, Keys
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMNS = {
+    "row": "int64",
+    "key": "string",
+    "critical_alpha": "float32",
+    "divergence": "float32",
+    "votes": "int32",
+    "nc": "bool",
+    "top_class": "int32",
+    "top_prob": "float32",
+}
+SUFFIXES = (".parquet", ".csv", ".npy")
+SETTINGS_KEY = b"genkl_ext"
+
+
+def require_suffix(path: Path) -> None:
+    """Raise ``ValueError`` unless the suffix names a format."""
+    if path.suffix not in SUFFIXES:
+        got = repr(path.suffix) if path.suffix else "none"
+        raise ValueError(f"score: {path} must have a suffix of {', '.join(SUFFIXES)}, got {got}")
+
+
+class TableWriter:
+    """Writes a table while its columns are being filled, in blocks that do not depend on how.
+
+    Args:
+        path: the file to write; its suffix chooses the format.
+        columns: the columns but ``row`` and ``key``, preallocated, N rows each.
+        keys: the key column, or None.
+        settings: go with the table as JSON where the format has room.
+
+    Raises:
+        OSError: from writing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, NDArray[Any]],
+        keys: Keys | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        require_suffix(path)
+        self._columns = columns
+        self._rows = len(columns["votes"])
+        self._keys = keys
+        self._written = 0
+        names = [name for name in COLUMNS if name != "key" or keys is not None]
+        self._sink: _ParquetSink | _CsvSink | _NpySink
+        if path.suffix == ".parquet":
+            self._sink = _ParquetSink(path, names, settings)
+        elif path.suffix == ".csv":
+            self._sink = _CsvSink(path, names)
+        else:
+            self._sink = _NpySink(path, names, self._rows, 0 if keys is None else keys.longest())
+
+    def advance(self, filled: int) -> None:
+        """Write every block whose rows are among the first ``filled``."""
+        while self._written < self._rows:
+            start, stop = self._written, min(self._written + BLOCK_ROWS, self._rows)
+            if stop > filled:
+                return
+            block: dict[str, NDArray[Any] | list[str]] = {"row": np.arange(start, stop)}
+            if self._keys is not None:
+                block["key"] = self._keys.slice(start, stop)
+            block.update({name: column[start:stop] for name, column in self._columns.items()})
+            self._sink.write(block)
+            self._written = stop
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sink.close()
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What made a Parquet table of scores: rule, package version, fingerprints of the inputs.
+
+    Raises:
+        ValueError: the table was not written by ``score_files``.
+    """
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(path).metadata or {}
+    if SETTINGS_KEY not in metadata:
+        raise ValueError(f"read_settings: {os.fspath(path)} is not a table of genkl scores")
+    settings: dict[str, Any] = json.loads(metadata[SETTINGS_KEY])
+    return settings
+
+
+class _ParquetSink:
+    def __init__(self, path: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = _schema(names, {SETTINGS_KEY: json.dumps(settings).encode()})
+        # Scores hardly repeat: a dictionary of them costs time and saves nothing.
+        self._writer = pq.ParquetWriter(
+            path,
+            self._schema,
+            use_dictionary=["votes", "top_class"],
+            column_encoding={"row": "DELTA_BINARY_PACKED"},
+        )
+
+    def write(self, block: Mapping[str, Any]) -> None:
+        self._writer.write_batch(_batch(block, self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _CsvSink:
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        import pyarrow.csv
+
+        self._schema = _schema(names, None)
+        self._writer = pyarrow.csv.CSVWriter(path, self._schema)
+
+    def write(self, block: Mapping[str, Any]) -> None:
+        self._writer.write_batch(_batch(block, self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _NpySink:
+    """A structured array; keys are text of fixed width."""
+
+    _STEP = 1 << 14  # rows put together at a time: they stay in the cache while columns are filled
+
+    def __init__(self, path: Path, names: Sequence[str], rows: int, longest_key: int) -> None:
+        kinds = {**COLUMNS, "key": f"U{max(longest_key, 1)}"}
+        self._dtype = np.dtype([(name, kinds[name]) for name in names])
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (rows,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, block: Mapping[str, Any]) -> None:
+        rows = len(block["row"])
+        for start in range(0, rows, self._STEP):
+            piece = slice(start, min(start + self._STEP, rows))
+            records = np.empty(piece.stop - piece.start, self._dtype)
+            for name in self._dtype.names or ():
+                records[name] = block[name][piece]
+            self._file.write(records.data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _schema(names: Sequence[str], metadata: dict[bytes, bytes] | None) -> pa.Schema:
+    import pyarrow as pa
+
+    fields = [pa.field(name, pa.type_for_alias(COLUMNS[name]), nullable=False) for name in names]
+    return pa.schema(fields, metadata)
+
+
+def _batch(block: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    return pa.record_batch([pa.array(block[f.name], f.type) for f in schema], schema)

@@ -1,0 +1,419 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+import genkl_ext as gk
+from genkl_ext import reference
+from genkl_ext.scoring import files as files_module
+from genkl_ext.scoring import read_nc_list, read_settings, score_files, tables
+
+RULE = gk.GenKL(num_classes=10, alpha=1.05, beta=0.03, sigma=0.05)
+Predict = Callable[..., NDArray[Any]]
+
+
+def save(folder: Path, *arrays: NDArray[Any]) -> list[Path]:
+    paths = [folder / f"p{i}.npy" for i in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        np.save(path, array)
+    return paths
+
+
+def assert_is_reference(
+    scores: gk.Scores, models: list[NDArray[Any]], *, logits: bool = False
+) -> None:
+    rule = scores.rule
+    expected = reference.nc_score(models, rule.vectors, rule.alpha, rule.tau, logits=logits)
+    np.testing.assert_array_equal(scores.nc, expected.votes > 0)
+    np.testing.assert_array_equal(scores.votes, expected.votes)
+    np.testing.assert_array_equal(scores.top_class, expected.top_class)
+    np.testing.assert_array_equal(scores.top_prob, expected.top_prob.astype(np.float32))
+    np.testing.assert_allclose(
+        scores.critical_alpha, expected.critical_alpha, rtol=rule.resolution, atol=1e-30
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 1 << 26])
+def test_equals_the_reference(
+    tmp_path: Path, predict: Predict, dtype: str, models: int, chunk_bytes: int
+) -> None:
+    arrays = [predict(701, seed=i, dtype=dtype) for i in range(models)]
+    paths = save(tmp_path, *arrays)
+    before = [path.read_bytes() for path in paths]
+    result = score_files(paths, RULE, chunk_bytes=chunk_bytes)
+    assert_is_reference(result.scores, arrays)
+    assert 0 < result.nc_count == np.count_nonzero(result.scores.nc) < len(result) == 701
+    assert result.input_bytes == sum(array.nbytes for array in arrays)
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_logits(tmp_path: Path, predict: Predict) -> None:
+    logits = [np.log(predict(300, seed=i)) + 3 for i in range(2)]
+    result = score_files(save(tmp_path, *logits), RULE, logits=True)
+    assert_is_reference(result.scores, logits, logits=True)
+
+
+@pytest.mark.parametrize("stored", ["<f4", ">f4", ">f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_any_layout(tmp_path: Path, predict: Predict, stored: str, order: str) -> None:
+    array = predict(300).astype(stored, order=order)
+    result = score_files(save(tmp_path, array), RULE, chunk_bytes=1000)
+    assert_is_reference(result.scores, [array.astype(array.dtype.newbyteorder("="))])
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+def test_few_rows(tmp_path: Path, predict: Predict, rows: int, suffix: str) -> None:
+    (tmp_path / "keys.txt").write_text("a\n" * rows)
+    result = score_files(
+        save(tmp_path, predict(rows)),
+        RULE,
+        tmp_path / f"t{suffix}",
+        keys=tmp_path / "keys.txt",
+        nc_list=tmp_path / "nc_set.txt",
+    )
+    assert len(result) == rows
+    assert (tmp_path / f"t{suffix}").exists()
+    assert len(read_nc_list(tmp_path / "nc_set.txt")) == result.nc_count
+
+
+def test_one_path_is_one_model(tmp_path: Path, predict: Predict) -> None:
+    (path,) = save(tmp_path, predict(20))
+    one, listed = score_files(str(path), RULE), score_files([path], RULE)
+    np.testing.assert_array_equal(one.scores.critical_alpha, listed.scores.critical_alpha)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+def test_bytes_do_not_depend_on_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predict: Predict, suffix: str
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 64)
+    paths = save(tmp_path, predict(500, seed=0), predict(500, seed=1))
+    contents = set()
+    for chunk_bytes in (1, 80 * 7, 80 * 64, 80 * 65, 1 << 26):
+        out = tmp_path / f"t{suffix}"
+        score_files(paths, RULE, out, chunk_bytes=chunk_bytes)
+        contents.add(out.read_bytes())
+    assert len(contents) == 1
+
+
+def test_table_and_nc_list(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(500))
+    keys = [f"images/{i * 7 % 500}.jpg" for i in range(500)]
+    (tmp_path / "keys.txt").write_text("\r\n".join(keys) + "\r\n", newline="")
+    result = score_files(
+        paths,
+        RULE,
+        tmp_path / "t.parquet",
+        keys=tmp_path / "keys.txt",
+        nc_list=tmp_path / "nc_set.txt",
+    )
+    table = pq.read_table(tmp_path / "t.parquet")
+    assert table["key"].to_pylist() == keys
+    for name in ("critical_alpha", "divergence", "votes", "nc", "top_class", "top_prob"):
+        np.testing.assert_array_equal(table[name].to_numpy(), getattr(result.scores, name))
+    expected = [key for key, nc in zip(keys, result.scores.nc, strict=True) if nc]
+    assert (tmp_path / "nc_set.txt").read_text().splitlines() == expected
+
+
+def test_settings_in_the_table(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(50, seed=0), predict(50, seed=1))
+    (tmp_path / "keys.txt").write_text("".join(f"{i}\n" for i in range(50)))
+    rule = gk.GenKL(np.int64(10), np.float32(1.5), beta=0.03, sigma=0.05, seed=7)
+    out = tmp_path / "t.parquet"
+    result = score_files(paths, rule, out, keys=tmp_path / "keys.txt")
+    settings = read_settings(out)
+    assert gk.GenKL(**settings["rule"]) == rule
+    assert settings["version"] == gk.__version__
+    assert (settings["logits"], settings["validate"]) == (False, True)
+    assert [entry["name"] for entry in settings["inputs"]] == ["p0.npy", "p1.npy"]
+    assert settings["inputs"][0]["shape"] == [50, 10]
+    assert settings["inputs"][0]["sample"] == result.inputs[0].sample
+    assert settings["inputs"][0]["sample"] != settings["inputs"][1]["sample"]
+    assert settings["keys"]["name"] == "keys.txt"
+    json.dumps(settings)
+
+
+def test_the_same_job_gives_the_same_bytes(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(200))
+    for name in ("a.parquet", "b.parquet"):
+        score_files(paths, RULE, tmp_path / name)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_progress(tmp_path: Path, predict: Predict) -> None:
+    calls: list[tuple[int, int]] = []
+    (path,) = save(tmp_path, predict(100))
+    score_files(path, RULE, chunk_bytes=40 * 30, progress=lambda *call: calls.append(call))
+    assert calls == [(30, 100), (60, 100), (90, 100), (100, 100)]
+
+
+def test_one_block_is_written_at_a_time_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predict: Predict
+) -> None:
+    events: list[tuple[str, int]] = []
+    advance = tables.TableWriter.advance
+
+    def slow(self: tables.TableWriter, filled: int) -> None:
+        events.append(("begin", filled))
+        time.sleep(0.005)
+        advance(self, filled)
+        events.append(("end", filled))
+
+    monkeypatch.setattr(tables.TableWriter, "advance", slow)
+    (path,) = save(tmp_path, predict(100))
+    score_files(path, RULE, tmp_path / "t.parquet", chunk_bytes=40 * 30)
+    assert events == [(what, row) for row in (30, 60, 90, 100) for what in ("begin", "end")]
+
+
+def test_repeated_keys_are_reported(tmp_path: Path, predict: Predict) -> None:
+    (path,) = save(tmp_path, predict(4))
+    (tmp_path / "keys.txt").write_text("a\nb\nb\na\n")
+    message = r"keys\.txt: 2 keys appear more than once, first 'b' in line 3$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        score_files(path, RULE, tmp_path / "t.csv", keys=tmp_path / "keys.txt")
+    assert caught[0].filename == __file__
+    assert (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, r"p1\.npy must be finite and not negative, got nan at row 613, class 4$"),
+        (np.inf, r"p1\.npy must be finite and not negative, got inf at row 613, class 4$"),
+        (-0.5, r"p1\.npy must be finite and not negative, got -0\.5 at row 613, class 4$"),
+        (9.0, r"rows of the average of 2 models must sum to 1 within 0\.001, got .* at row 613"),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 80 * 100, 1 << 26])
+def test_a_bad_row_is_named_as_in_the_file(
+    tmp_path: Path, predict: Predict, value: float, message: str, chunk_bytes: int
+) -> None:
+    bad = predict(700, seed=1)
+    bad[613, 4] = bad[650, 2] = value
+    paths = save(tmp_path, predict(700, seed=0), bad)
+    with pytest.raises(ValueError, match=rf"^score: .*{message}"):
+        score_files(paths, RULE, chunk_bytes=chunk_bytes)
+
+
+def test_no_check_on_request(tmp_path: Path, predict: Predict) -> None:
+    bad = predict(50)
+    bad[7, 3] = np.nan
+    scores = score_files(save(tmp_path, bad), RULE, validate=False).scores
+    assert np.isnan(scores.critical_alpha[7]) and not scores.nc[7]
+    assert np.isfinite(np.delete(scores.critical_alpha, 7)).all()
+
+
+def test_wrong_number_of_classes(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(20, 14))
+    message = r"p0\.npy must have rule\.num_classes = 10 columns, got shape \(20, 14\)$"
+    with pytest.raises(ValueError, match=message):
+        score_files(paths, RULE)
+
+
+def test_arguments(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(20))
+    with pytest.raises(ValueError, match=r"inputs must be at least one file, got none$"):
+        score_files([], RULE)
+    with pytest.raises(ValueError, match=r"chunk_bytes must be at least 1, got 0$"):
+        score_files(paths, RULE, chunk_bytes=0)
+    with pytest.raises(ValueError, match=r"nc_list needs keys"):
+        score_files(paths, RULE, nc_list=tmp_path / "nc_set.txt")
+
+
+def test_outputs_must_not_be_inputs(tmp_path: Path, predict: Predict) -> None:
+    paths = save(tmp_path, predict(2))
+    keys = tmp_path / "keys.txt"
+    keys.write_text("a\nb\n")
+    os.link(paths[0], tmp_path / "hard.npy")
+    (tmp_path / "soft.npy").symlink_to(paths[0])
+    (tmp_path / "new.csv").symlink_to(tmp_path / "target.csv")
+    content = paths[0].read_bytes()
+    for out in (paths[0], tmp_path / "hard.npy", tmp_path / "soft.npy"):
+        with pytest.raises(ValueError, match=r"out must be another file than .*p0\.npy$"):
+            score_files(paths, RULE, out)
+    for nc_list in (keys, paths[0]):
+        with pytest.raises(ValueError, match=r"nc_list must be another file than "):
+            score_files(paths, RULE, keys=keys, nc_list=nc_list)
+    with pytest.raises(ValueError, match=r"out must be another file than .*target\.csv$"):
+        score_files(paths, RULE, tmp_path / "new.csv", keys=keys, nc_list=tmp_path / "target.csv")
+    assert paths[0].read_bytes() == content and keys.read_text() == "a\nb\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"out": "none/t.parquet"},
+        {"out": "/proc/t.parquet"},
+        {"out": "t.xlsx"},
+        {"nc_list": "none/nc_set.txt"},
+        {"keys": "none.txt"},
+        {"keys": "short.txt"},
+    ],
+)
+def test_what_is_wrong_is_found_before_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predict: Predict, wrong: dict[str, str]
+) -> None:
+    paths = save(tmp_path, predict(3))
+    (tmp_path / "keys.txt").write_text("a\nb\nc\n")
+    (tmp_path / "short.txt").write_text("a\nb\n")
+    names = {"out": "t.parquet", "keys": "keys.txt", "nc_list": "nc_set.txt"} | wrong
+    monkeypatch.setattr(gk.GenKL, "_score", lambda *_, **__: pytest.fail("it was scored"))
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises((OSError, ValueError)):
+        score_files(paths, RULE, **{name: tmp_path / file for name, file in names.items()})
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def _bad_row(folder: Path, predict: Predict) -> dict[str, Any]:
+    bad = predict(400)
+    bad[399] = np.nan
+    return {"inputs": save(folder, bad)}
+
+
+def _changed(folder: Path, predict: Predict) -> dict[str, Any]:
+    paths = save(folder, predict(400))
+    return {"inputs": paths, "progress": lambda *_: os.utime(paths[0], ns=(0, 0))}
+
+
+def _interrupted(folder: Path, predict: Predict) -> dict[str, Any]:
+    def interrupt(done: int, _: int) -> None:
+        if done > 200:
+            raise KeyboardInterrupt
+
+    return {"inputs": save(folder, predict(400)), "progress": interrupt}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+@pytest.mark.parametrize(
+    ("job", "error"),
+    [(_bad_row, ValueError), (_changed, ValueError), (_interrupted, KeyboardInterrupt)],
+)
+def test_a_failing_job_leaves_the_old_output(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    predict: Predict,
+    suffix: str,
+    job: Callable[[Path, Predict], dict[str, Any]],
+    error: type[BaseException],
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 50)  # most of the table is written before it fails
+    arguments = job(tmp_path, predict)
+    (tmp_path / "keys.txt").write_text("".join(f"{i}\n" for i in range(400)))
+    (tmp_path / f"t{suffix}").write_text("old table")
+    (tmp_path / "nc_set.txt").write_text("old list")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(error):
+        score_files(
+            **arguments,
+            rule=RULE,
+            out=tmp_path / f"t{suffix}",
+            keys=tmp_path / "keys.txt",
+            nc_list=tmp_path / "nc_set.txt",
+            chunk_bytes=40 * 30,
+        )
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / f"t{suffix}").read_text() == "old table"
+    assert (tmp_path / "nc_set.txt").read_text() == "old list"
+
+
+@pytest.mark.parametrize("what", ["advance", "write_nc_list"])
+def test_a_failing_write_leaves_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predict: Predict, what: str
+) -> None:
+    paths = save(tmp_path, predict(400))
+    (tmp_path / "keys.txt").write_text("".join(f"{i}\n" for i in range(400)))
+    (tmp_path / "t.parquet").write_text("old table")
+    (tmp_path / "nc_set.txt").write_text("old list")
+    before = sorted(os.listdir(tmp_path))
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tables.TableWriter if what == "advance" else files_module, what, fail)
+    with pytest.raises(OSError, match="no space left"):
+        score_files(
+            paths,
+            RULE,
+            tmp_path / "t.parquet",
+            keys=tmp_path / "keys.txt",
+            nc_list=tmp_path / "nc_set.txt",
+        )
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "t.parquet").read_text() == "old table"
+    assert (tmp_path / "nc_set.txt").read_text() == "old list"
+
+
+def test_a_killed_job_leaves_the_old_output_and_can_be_repeated(
+    tmp_path: Path, predict: Predict
+) -> None:
+    (path,) = save(tmp_path, predict(400))
+    out = tmp_path / "t.parquet"
+    out.write_text("old table")
+    program = (
+        "import os, signal, sys\n"
+        "import genkl_ext as gk\n"
+        "kill = lambda done, _: done > 200 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "rule = gk.GenKL(10, 1.05, 0.03, 0.05)\n"
+        "gk.score_files(sys.argv[1], rule, sys.argv[2], chunk_bytes=1200, progress=kill)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert out.read_text() == "old table"
+    score_files(path, RULE, out)
+    assert pq.read_table(out).num_rows == 400
+
+
+def test_scored_rows_do_not_stay_in_memory(tmp_path: Path) -> None:
+    """The peak grows with the chunk, not with the file; and nothing here needs torch."""
+    size = 256 << 20
+    with open(tmp_path / "p.npy", "wb") as file:  # zeros that take no room on disk
+        header = {"descr": "<f4", "fortran_order": False, "shape": (size // 4000, 1000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size // 4000 * 4000)
+    program = (
+        "import resource, sys\n"
+        "import numpy as np\n"
+        "import pyarrow.parquet\n"
+        "import genkl_ext as gk\n"
+        "rule = gk.GenKL(1000, 1.05, 0.0005, 0.0)\n"
+        "rule.score(np.full((1, 1000), 0.001))\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "gk.score_files(sys.argv[1], rule, sys.argv[2], validate=False, chunk_bytes=4 << 20)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "p.npy"), str(tmp_path / "t.parquet")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    kibibytes = int(done.stdout)
+    assert kibibytes < (64 << 10)  # of 256 MiB
+
+
+def test_real_softmax_outputs(shared_data: Path, tmp_path: Path) -> None:
+    paths = sorted((shared_data / "softmax").glob("*_probs.npy"))
+    assert len(paths) == 3
+    models = [np.load(path) for path in paths]
+    assert models[0].dtype == np.float16
+    rule = dataclasses.replace(RULE, alpha=0.8)
+    for count in (1, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = score_files(paths[:count], rule, tmp_path / "t.parquet", chunk_bytes=100_000)
+        assert_is_reference(result.scores, models[:count])
+        assert 0 < result.nc_count < len(result) == 50_000
+        assert pq.read_table(tmp_path / "t.parquet")["nc"].to_numpy().sum() == result.nc_count
