@@ -9,7 +9,6 @@ Importing this package loads neither torch nor DALI: names are resolved when fir
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +20,7 @@ if TYPE_CHECKING:
     from .rule import Scores as Scores
     from .scoring import score_files as score_files
 
-try:
-    __version__ = version("genkl-ext")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 _HOME = {"GenKL": ".rule", "Scores": ".rule", "score_files": ".scoring"}
 _MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
@@ -37,6 +33,10 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOME[name], __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import
+
+        return version("genkl-ext")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -84,7 +84,8 @@ def softmax(logits: NDArray) -> NDArray[np.float32]:
     """
     x = np.asarray(logits, dtype=np.float64)
     rows, classes = x.shape
-    e = exp(x - x.max(axis=1, initial=-np.inf, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        e = exp(x - x.max(axis=1, initial=-np.inf, keepdims=True))
     strides = -(-classes // SUM_LANES)
     padded = np.zeros((rows, strides * SUM_LANES))
     padded[:, :classes] = e
@@ -157,10 +158,9 @@ def nc_score(
         tau: threshold of a dominant entry, 1/k - beta.
         logits: take the softmax of the predictions first.
     """
-    if not isinstance(predictions, (list, tuple)):
-        predictions = [predictions]
+    models = predictions if isinstance(predictions, (list, tuple)) else [np.asarray(predictions)]
     vectors = np.asarray(vectors, dtype=np.float64)
-    q = average(predictions, logits=logits)
+    q = average(models, logits=logits)
     with np.errstate(invalid="ignore"):
         cross = cross_terms(q, vectors, tau)
         entropy = entropies(vectors)

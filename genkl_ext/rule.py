@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -54,7 +55,7 @@ class Scores:
     top_prob: Array  #: (N,) float32, its probability
     rule: GenKL
     _first_bad_row: Any = dataclasses.field(default=-1, repr=False)
-    _predictions: Any = dataclasses.field(default=None, repr=False)
+    _predictions: tuple[Any, ...] = dataclasses.field(default=(), repr=False)  # weak references
     _logits: bool = dataclasses.field(default=False, repr=False)
 
     def __len__(self) -> int:
@@ -73,11 +74,15 @@ class Scores:
         """Raise ``ValueError`` if a row of the predictions was invalid; return self.
 
         For NumPy arrays and CPU tensors ``score`` has already done it. For CUDA tensors this is
-        where the host waits for the device; ``cpu()`` and ``numpy()`` call it.
+        where the host waits for the device; ``cpu()`` and ``numpy()`` call it. The message tells
+        what is wrong with the row if the predictions still exist; they are not kept alive for it.
         """
         row = int(self._first_bad_row)
         if row >= 0:
-            raise ValueError(_describe_bad_row(self._predictions, row, self._logits))
+            models = [reference() for reference in self._predictions]
+            if any(model is None for model in models):  # the caller has let go of them
+                raise ValueError(f"score: row {row} of predictions is no valid prediction")
+            raise ValueError(_describe_bad_row(models, row, self._logits))
         return self
 
     def cpu(self) -> Scores:
@@ -220,10 +225,11 @@ class GenKL:
         """
         models = list(predictions) if isinstance(predictions, (list, tuple)) else [predictions]
         scores = self._score(models, logits=logits, validate=validate)
-        if _is_tensor(models[0]) and models[0].device.type != "cpu":
+        first: Any = models[0]
+        if _is_tensor(first) and first.device.type != "cpu":
             return scores
         scores.check()
-        return dataclasses.replace(scores, _first_bad_row=-1, _predictions=None)
+        return dataclasses.replace(scores, _first_bad_row=-1, _predictions=())
 
     def _score(self, models: list[Any], *, logits: bool, validate: bool) -> Scores:
         """``score`` of a list, with a bad row noted in the result but not yet raised."""
@@ -252,7 +258,7 @@ class GenKL:
             top_prob=top_prob,
             rule=self,
             _first_bad_row=first_bad_row if validate else -1,
-            _predictions=models if validate else None,
+            _predictions=tuple(map(weakref.ref, models)),
             _logits=logits,
         )
 

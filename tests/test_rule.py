@@ -201,6 +201,24 @@ def test_bad_predictions(predictions, error, message):
         gk.GenKL.preset("clothing1m").score(predictions)
 
 
+def test_when_a_bad_row_is_raised(device):
+    """At once on the CPU; on CUDA when the host first asks for the numbers."""
+    rule = gk.GenKL.preset("clothing1m")
+    bad = torch.tensor(changed(4, 2, -0.5), device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="row 4, class 2"):
+            rule.score(bad)
+        return
+    scores = rule.score(bad)
+    for ask in (scores.check, scores.cpu, scores.numpy):
+        with pytest.raises(ValueError, match="got -0.5 at row 4, class 2"):
+            ask()
+    del bad
+    with pytest.raises(ValueError, match="row 4 of predictions is no valid prediction"):
+        scores.check()
+    rule.score(torch.tensor(GOOD, device=device)).check()
+
+
 def test_bad_logits():
     rule = gk.GenKL.preset("clothing1m")
     rule.score(GOOD - 3, logits=True)
