@@ -317,6 +317,12 @@ def test_invalid_rows(kernel):
                 rows = rng.choice(90, 3, replace=False)
                 q[rows, rng.integers(classes)] += np.float32(value)
                 agree(run([q], rule, kernel=kernel), [q], rule)
+                # A negative entry in a row that sums to 1 all the same.
+                if value in (-1e-30, -0.3):
+                    p = rows_of(classes, 90, 0)
+                    p[rows, 1] = value
+                    p[rows, 0] = 1 - np.delete(p[rows], 0, axis=1).sum(1)
+                    agree(run([p], rule, kernel=kernel), [p], rule)
                 good = rows_of(classes, 90, 1)
                 agree(run([good, q], rule, kernel=kernel), [good, q], rule)
                 agree(run([q], rule, kernel=kernel, logits=True), [q], rule, logits=True)
@@ -365,6 +371,17 @@ def test_search(data):
         models = [m / np.maximum(m.sum(1, keepdims=True), np.float32(1e-30)) for m in models]
     kernel = data.draw(st.sampled_from(KERNELS), label="kernel")
     agree(run(models, rule, kernel=kernel), models, rule)
+
+
+@pytest.mark.parametrize("classes", CLASSES[1:])
+@pytest.mark.parametrize("sigma", [0.4, 0.0])
+def test_ordinary_rows_take_the_fast_path(classes, sigma, kernel):
+    """Settled rows come out correctly rounded; were all of them, this would be no fast path."""
+    rule = rule_of(classes, sigma=sigma)
+    q = np.concatenate([rows_of(classes, 300, 0, spread) for spread in (1.0, 3.0)])
+    got = run([q], rule, kernel=kernel)[0]
+    exact = reference.nc_score([q], rule.vectors, rule.alpha, rule.tau).critical_alpha
+    assert (got != exact.astype(np.float32)).mean() > 0.02
 
 
 def test_real_predictions(shared_data, kernel):
