@@ -731,13 +731,20 @@ class Scorer {
     double* cross = scratch_.cross;
     const bool valid = read_row(r, q);
     if (!valid && (first_bad_ < 0 || r < first_bad_)) first_bad_ = r;
-    for (int j = 0; j < m; ++j) cross[j] = 0.0;
-    int top = 0;
+    double* const logs = scratch_.exps;
+    int32_t* const index = scratch_.index;
+    const int top = top_of(q, k);
+    int dominant = 0;
     for (int i = 0; i < k; ++i) {
-      if (q[top] == q[top] && !(q[i] <= q[top])) top = i;  // the first NaN is the highest of all
       if (q[i] < rule_.tau) continue;
-      const double log_q = log2_exact(q[i]);
-      const double* u = rule_.vectors_exact + static_cast<int64_t>(i) * m;
+      logs[dominant] = q[i];
+      index[dominant++] = i;
+    }
+    for (int t = 0; t < dominant; ++t) logs[t] = log2_exact(logs[t]);
+    for (int j = 0; j < m; ++j) cross[j] = 0.0;
+    for (int t = 0; t < dominant; ++t) {
+      const double log_q = logs[t];
+      const double* const u = rule_.vectors_exact + static_cast<int64_t>(index[t]) * m;
       for (int j = 0; j < m; ++j) cross[j] = cross[j] + log_q * u[j];
     }
     double critical = exact_ratio(rule_, 0, cross[0]);
@@ -786,12 +793,29 @@ class Scorer {
   }
 
   // One model's row in float64.
-  void read_model(int model, int64_t row, double* values) {
+  void read_model(int model, int64_t row, double* values) const {
     with_type([&](auto type) {
       using T = typename decltype(type)::type;
-      for (int i = 0; i < rule_.classes; ++i) values[i] = to_double(entry<T>(model, row, i));
+      const T* const first = entry<T>(model, row, 0);
+      const int k = rule_.classes;
+      if (in_.class_stride[model] != 1) {
+        for (int i = 0; i < k; ++i) values[i] = to_double(first + i * in_.class_stride[model]);
+      } else if constexpr (sizeof(T) == sizeof(double)) {
+        memcpy(values, first, sizeof(double) * static_cast<size_t>(k));
+      } else {
+        float* const floats = scratch_.softmax;
+        convert(&first, 1, floats, k);
+        for (int i = 0; i < k; ++i) values[i] = static_cast<double>(floats[i]);
+      }
     });
   }
+
+  static bool all_finite(const double* values, int count) {
+    int finite = 1;
+    for (int i = 0; i < count; ++i) finite &= fabs(values[i]) <= 1.7976931348623157e308;
+    return finite;
+  }
+
   // The averaged row, exact in float64; returns whether it is a valid prediction.
   bool read_row(int64_t r, double* q) {
     const int k = rule_.classes;
@@ -799,8 +823,9 @@ class Scorer {
     for (int model = 0; model < in_.models; ++model) {
       double* values = scratch_.exps;
       read_model(model, r, values);
-      for (int i = 0; i < k; ++i)
-        valid &= fabs(values[i]) <= 1.7976931348623157e308 && (in_.logits || values[i] >= 0.0);
+      valid &= all_finite(values, k);
+      if (!in_.logits)
+        for (int i = 0; i < k; ++i) valid &= values[i] >= 0.0;
       if (in_.models == 1 && !in_.logits) {
         memcpy(q, values, sizeof(double) * static_cast<size_t>(k));
       } else {
@@ -818,17 +843,51 @@ class Scorer {
       for (int i = 0; i < k; ++i)
         q[i] = static_cast<float>(q[i]) / static_cast<float>(in_.models);
     if (in_.logits) return valid;
+    return valid && sums_to_one(q, k);
+  }
+
+  // Whether the sum in class order is 1 within the tolerance. A sum in four chains, which takes a
+  // quarter of the time, answers for all rows but those where the order could matter.
+  bool sums_to_one(const double* q, int count) const {
+    double chains[4] = {};
+    for (int i = 0; i < count; ++i) chains[i % 4] += q[i];
+    const double off = fabs(chains[0] + chains[1] + chains[2] + chains[3] - 1.0);
+    constexpr double kOrder = 1e-9;  // far above the rounding of 2^24 additions of a sum near 1
+    if (fabs(off - rule_.tolerance) > kOrder) return off <= rule_.tolerance;
     double total = 0.0;
-    for (int i = 0; i < k; ++i) total = total + q[i];
-    return valid && fabs(total - 1.0) <= rule_.tolerance;
+    for (int i = 0; i < count; ++i) total = total + q[i];
+    return fabs(total - 1.0) <= rule_.tolerance;
+  }
+
+  // The first of the highest entries; NaN is the highest of all.
+  static int top_of(const double* q, int count) {
+    for (int i = 0; i < count; ++i)
+      if (q[i] != q[i]) return i;
+    const double highest = highest_of(q, count);
+    int i = 0;
+    while (q[i] != highest) ++i;
+    return i;
+  }
+
+  static double highest_of(const double* values, int count) {
+    constexpr int kChains = 8;  // maxima that do not wait for one another
+    double highest[kChains];
+    for (double& h : highest) h = values[0];
+    int i = 0;
+    for (; i + kChains <= count; i += kChains)
+      for (int c = 0; c < kChains; ++c)
+        highest[c] = values[i + c] > highest[c] ? values[i + c] : highest[c];
+    for (; i < count; ++i) highest[0] = values[i] > highest[0] ? values[i] : highest[0];
+    for (int c = 1; c < kChains; ++c)
+      highest[0] = highest[c] > highest[0] ? highest[c] : highest[0];
+    return highest[0];
   }
 
   // Softmax of a row of logits; `values` is overwritten and padded to whole kSumLanes.
   void softmax(double* values, float* q) {
     const int k = rule_.classes;
     const int padded = static_cast<int>(round_up(static_cast<size_t>(k), kSumLanes));
-    double highest = values[0];
-    for (int i = 1; i < k; ++i) highest = values[i] > highest ? values[i] : highest;
+    const double highest = highest_of(values, k);
     for (int i = 0; i < k; ++i) values[i] = exp_exact(values[i] - highest);
     for (int i = k; i < padded; ++i) values[i] = 0.0;
     double lanes[kSumLanes] = {};
@@ -856,36 +915,44 @@ class Scorer {
       for (int r = 0; r < (flat ? 1 : n); ++r) {
         for (int model = 0; model < in_.models; ++model)
           models[model] = entry<T>(model, first_row + r, 0);
-        clean &= stage_span(models, scratch_.staged + r * k, flat ? n * k : k);
+        const F lowest = convert(models, in_.models, scratch_.staged + r * k, flat ? n * k : k);
+        clean &= in_.models == 1 || !any(greater(broadcast(0.0f), lowest));
       }
       return clean;
     });
   }
 
-  // The mean of `count` entries; false when one of several models has a negative entry.
+  // Means of `count` entries of some models as float32; returns the lowest entry seen, lane by lane.
   template <typename T>
-  bool stage_span(const T* const* models, float* out, int64_t count) {
-    const F divisor = broadcast(static_cast<float>(in_.models));
+  static F convert(const T* const* models, int number, float* out, int64_t count) {
+    const F divisor = broadcast(static_cast<float>(number));
     F lowest = broadcast(0.0f);
     for (int64_t i = 0; i < count; i += kWidth) {
-      const bool whole = i + kWidth <= count;
+      const int left = count - i < kWidth ? static_cast<int>(count - i) : kWidth;
       F total = broadcast(0.0f);
-      for (int model = 0; model < in_.models; ++model) {
+      for (int model = 0; model < number; ++model) {
         F x;
-        if (whole) {
+        if (left == kWidth) {
           prefetch(reinterpret_cast<const char*>(models[model] + i) + kPrefetchBytes);
           x = load_as_float(models[model] + i);
         } else {
           T rest[kWidth] = {};
-          memcpy(rest, models[model] + i, sizeof(T) * static_cast<size_t>(count - i));
+          memcpy(rest, models[model] + i, sizeof(T) * static_cast<size_t>(left));
           x = load_as_float(rest);
         }
         lowest = min(lowest, x);
         total = model == 0 ? x : add(total, x);
       }
-      store(out + i, in_.models == 1 ? total : div(total, divisor));
+      const F mean = number == 1 ? total : div(total, divisor);
+      if (left == kWidth) {
+        store(out + i, mean);
+      } else {
+        alignas(64) float rest[kWidth];
+        store(rest, mean);
+        memcpy(out + i, rest, sizeof(float) * static_cast<size_t>(left));
+      }
     }
-    return in_.models == 1 || !any(greater(broadcast(0.0f), lowest));
+    return lowest;
   }
 
   template <typename T>
@@ -920,7 +987,7 @@ class Scorer {
       float* q = scratch_.staged + static_cast<int64_t>(r) * k;
       for (int model = 0; model < in_.models; ++model) {
         read_model(model, first_row + r, scratch_.exps);
-        for (int i = 0; i < k; ++i) finite &= fabs(scratch_.exps[i]) <= 1.7976931348623157e308;
+        finite &= all_finite(scratch_.exps, k);
         softmax(scratch_.exps, scratch_.softmax);
         for (int i = 0; i < k; ++i)
           q[i] = model == 0 ? scratch_.softmax[i] : q[i] + scratch_.softmax[i];
