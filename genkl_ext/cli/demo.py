@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from . import UsageError
 from .progress import Progress
@@ -11,7 +12,12 @@ _MOST_SEEDS = 64  # members that one score can average
 
 
 def demo(
-    *, out: Path = Path("runs/demo"), seeds: int = 3, seed: int = 0, quick: bool = False
+    *,
+    out: Path = Path("runs/demo"),
+    seeds: int = 3,
+    seed: int = 0,
+    flips: Literal["lookalike", "random"] = "lookalike",
+    quick: bool = False,
 ) -> None:
     """Run the whole GenKL loop on 1,797 scanned digits, on the CPU.
 
@@ -25,11 +31,12 @@ def demo(
         out: folder for everything the run makes
         seeds: networks of each kind to train and to average
         seed: the first seed, of the data too
+        flips: wrong labels are of the class that looks most alike, or of any other class
         quick: a few steps each, to see that everything works; the numbers mean nothing
 
     Example:
         genkl demo
-        genkl demo --out /tmp/digits --seeds 5
+        genkl demo --out runs/random --flips random --seeds 5
     """
     if not 1 <= seeds <= _MOST_SEEDS:
         raise UsageError(f"--seeds must be from 1 to {_MOST_SEEDS}, got {seeds}")
@@ -46,7 +53,7 @@ def demo(
     start = time.perf_counter()
     settings = Settings(steps=20, validate_every=10, fine_tune_steps=5) if quick else Settings()
     with Progress("training", "steps") as progress:
-        run = loop.run(out, list(range(seed, seed + seeds)), settings, print, progress)
+        run = loop.run(out, list(range(seed, seed + seeds)), flips, settings, print, progress)
     judged = results.judge(run)
     pictures = figures.draw(run, judged)
     seconds = time.perf_counter() - start

@@ -1,0 +1,106 @@
+"""The pictures of a run: where critical alpha puts the images, and which it puts on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ..files import atomic_write
+from .loop import Run
+from .results import Results
+
+_BLUE, _ORANGE, _INK = "#3b6fb6", "#e07b39", "#333333"
+_COLUMNS, _ROWS = 10, 4
+
+
+def draw(run: Run, results: Results) -> list[Path]:
+    """Write both pictures; return their paths."""
+    made = {
+        "critical_alpha.png": _histogram(run, results),
+        "most_nonconforming.png": _contact_sheet(run, results),
+    }
+    for name, figure in made.items():
+        with atomic_write(run.out / name) as temporary:
+            figure.savefig(temporary, dpi=120, facecolor="white")
+    return [run.out / name for name in made]
+
+
+def _histogram(run: Run, results: Results) -> Figure:
+    """Critical alpha of the noisy images, one panel per iteration."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(run.iterations), sharey=True, squeeze=False)[0]
+    truth = results.nonconforming
+    for t, (axis, iteration) in enumerate(zip(axes, run.iterations, strict=True)):
+        critical, alpha = iteration.scores.critical_alpha, iteration.rule.alpha
+        bins = np.linspace(0, critical.max(), 41)
+        for name, colour, rows in (
+            ("digit 0 to 7: fits a class", _BLUE, ~truth),
+            ("digit 8 or 9: fits none", _ORANGE, truth),
+        ):
+            axis.hist(
+                critical[rows],
+                bins,
+                label=name,
+                histtype="stepfilled",
+                facecolor=(colour, 0.35),
+                edgecolor=colour,
+                linewidth=1.5,
+            )
+        axis.axvline(alpha, color=_INK, linestyle="--", linewidth=1.2)
+        axis.annotate(
+            f"alpha = {alpha:.2g}\nNC from here on",
+            (alpha, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            verticalalignment="top",
+            color=_INK,
+        )
+        axis.set_yscale("log")
+        axis.set_title(f"iteration {t}", loc="left", fontweight="bold")
+        axis.set_xlabel("critical alpha")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("images")
+    axes[-1].legend(frameon=False, loc="upper right")
+    return figure
+
+
+def _contact_sheet(run: Run, results: Results) -> Figure:
+    """The images of the last iteration with the largest critical alpha, in that order."""
+    scores, noisy = run.iterations[-1].scores, run.data.noisy
+    order = np.argsort(-scores.critical_alpha, kind="stable")[: _COLUMNS * _ROWS]
+    hits = int(results.nonconforming[order].sum())
+    figure = Figure(figsize=(10, 6.1), layout="constrained")
+    figure.suptitle(
+        f"The {len(order)} most non-conforming of {len(noisy):,} crawled images",
+        x=0.005,
+        horizontalalignment="left",
+        fontweight="bold",
+    )
+    for axis, row in zip(figure.subplots(_ROWS, _COLUMNS).flat, order, strict=True):
+        with Image.open(run.out / "data" / noisy.keys[row]) as image:
+            axis.imshow(np.asarray(image), cmap="gray_r", interpolation="bicubic")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        colour = _ORANGE if results.nonconforming[row] else _BLUE
+        for side in axis.spines.values():
+            side.set(color=colour, linewidth=2)
+        axis.set_xlabel(
+            f"label {noisy.labels[row]}, top {scores.top_class[row]}\n"
+            f"{scores.critical_alpha[row]:.2f}",
+            fontsize=8,
+            color=_INK,
+        )
+    figure.supxlabel(
+        f"orange frame: an 8 or a 9, fits none of the classes 0 to 7 ({hits} of {len(order)}); "
+        f"blue: fits one.\nlabel: given by the crawl; top: most probable class; below: "
+        "critical alpha.",
+        x=0.005,
+        horizontalalignment="left",
+        fontsize=9,
+        color=_INK,
+    )
+    return figure

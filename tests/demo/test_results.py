@@ -1,0 +1,77 @@
+"""Judging a run: hand-made scores, and the tables."""
+
+import math
+
+import numpy as np
+import pytest
+
+from genkl_ext.demo import loop, results
+from genkl_ext.demo.results import Accuracy, Identification, Results
+
+
+def test_identify():
+    score = np.array([0.9, 0.8, 0.5, 0.4, 0.1])
+    truth = np.array([True, False, True, False, False])
+    found = results.identify(1, "GenKL", score, 0.5, truth)
+    assert (found.iteration, found.score, found.threshold) == (1, "GenKL", 0.5)
+    assert found.flagged == 3 / 5
+    assert found.recall == 1
+    assert found.precision == pytest.approx(2 / 3)
+    assert found.auroc == pytest.approx(5 / 6)  # 5 of the 6 pairs are in the right order
+
+
+def test_identify_without_a_flagged_image():
+    found = results.identify(0, "GenKL", np.array([0.1, 0.2]), 0.5, np.array([True, False]))
+    assert found.recall == found.flagged == 0
+    assert math.isnan(found.precision)
+
+
+def test_normalised_entropy():
+    q = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0]], np.float32)
+    np.testing.assert_allclose(results.normalised_entropy([q]), [0, 1, 0.5], atol=1e-12)
+    # Of the mean, not the mean of the entropies.
+    a, b = np.eye(2, dtype=np.float32)[[[0], [1]]]
+    np.testing.assert_allclose(results.normalised_entropy([a, b]), [1])
+
+
+def test_threshold_flags_the_share_it_promises():
+    values = np.random.default_rng(0).permutation(160) / 160
+    assert (values >= loop.threshold(values)).sum() == 8
+
+
+def test_chosen_rule():
+    rng = np.random.default_rng(0)
+    members = [rng.dirichlet(np.full(8, 0.2), 160).astype(np.float32) for _ in range(3)]
+    rule = loop.choose_rule(members, 8, seed=4)
+    assert (rule.num_classes, rule.num_vectors, rule.seed) == (8, 20, 4)
+    assert rule.tau * 8 == pytest.approx((1 / 14 - 0.03) * 14)
+    assert rule.sigma * 8 == pytest.approx(0.05 * 14)
+    assert (rule.score(members).critical_alpha >= rule.alpha).sum() == 8
+
+
+@pytest.fixture
+def made_up():
+    return Results(
+        accuracies=[Accuracy("plain", [0.9, 0.8], [0.7, 0.7]), Accuracy("GenKL", [1, 1], [1, 1])],
+        identifications=[Identification(0, "GenKL", 0.25, 0.3, 0.9, math.nan, 0.95)],
+        nonconforming=np.zeros(3, bool),
+        notes=["A note."],
+    )
+
+
+def test_markdown(made_up):
+    text = results.markdown(made_up)
+    assert "| plain | 85.0 ± 7.1 | 70.0 ± 0.0 |" in text
+    assert "| GenKL, iteration 0 | 0.250 | 30.0 | 90.0 | nan | 95.0 |" in text
+    assert "mean and standard deviation of 2 seeds" in text
+    assert text.endswith("- A note.\n")
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") in (4, 7)
+
+
+def test_one_seed_has_no_spread(made_up):
+    made_up.accuracies[:] = [Accuracy("plain", [0.9], [0.8])]
+    text = results.markdown(made_up)
+    assert "| plain | 90.0 | 80.0 |" in text
+    assert "one seed" in text
