@@ -49,9 +49,10 @@ GENKL_HD float log2_fast(float x) {
                   c3 = kLog2Coefficients[3], c4 = kLog2Coefficients[4], c5 = kLog2Coefficients[5],
                   c6 = kLog2Coefficients[6], c7 = kLog2Coefficients[7], c8 = kLog2Coefficients[8],
                   c9 = kLog2Coefficients[9];
-  const int32_t bits = bit_cast<int32_t>(x);
-  const int32_t exponent = (bits - kThreeQuarters) >> 23;
-  const float r = bit_cast<float>(bits - (exponent << 23)) - 1.0f;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const int32_t exponent =
+      static_cast<int32_t>(bits - static_cast<uint32_t>(kThreeQuarters)) >> 23;
+  const float r = bit_cast<float>(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   const float r2 = r * r, r4 = r2 * r2;
   const float low = fmaf(fmaf(c3, r, c2), r2, fmaf(c1, r, c0));
   const float high = fmaf(fmaf(c7, r, c6), r2, fmaf(c5, r, c4));
