@@ -1,0 +1,334 @@
+"""Show the recorded results as Markdown; with --readme, refresh the block in a README.
+
+The block lies between the lines <!-- bench --> and <!-- /bench -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+
+from genkl_ext.files import atomic_write
+
+OPENING, CLOSING = "<!-- bench -->", "<!-- /bench -->"
+
+Result = dict[str, Any]
+
+# What scoring on the CPU sets out to reach with all threads: what a first study of such kernels
+# reached with two threads on a Zen 5 with AVX-512 (its baselines were its own). Shares are of the
+# measured rate of reading. Flat rows: 12 and 9 GB/s where reading reached 44.6.
+_SHARES = {
+    ("clothing1m", 1, "peaked"): 0.35,
+    ("webvision", 1, "peaked"): 0.37,
+    ("food101n-spread", 1, "peaked"): 0.42,
+    ("thousand", 1, "peaked"): 0.66,
+    ("food101n", 1, "peaked"): 0.91,
+    ("clothing1m", 3, "peaked"): 0.71,
+    ("webvision", 3, "peaked"): 0.72,
+    ("food101n-spread", 3, "peaked"): 0.54,
+    ("thousand", 3, "peaked"): 0.88,
+    ("webvision", 1, "confident"): 0.44,
+    ("food101n-spread", 1, "confident"): 0.55,
+    ("thousand", 1, "confident"): 0.72,
+    ("clothing1m", 1, "flat"): 0.27,
+    ("webvision", 1, "flat"): 0.27,
+    ("food101n-spread", 1, "flat"): 0.27,
+    ("thousand", 1, "flat"): 0.20,
+}
+_MULTIPLES: dict[str, dict[str, float]] = {  # M = 1, peaked
+    "clothing1m": {"researcher numpy": 404, "chunked numpy": 51, "torch.compile": 21},
+    "webvision": {"researcher numpy": 271, "chunked numpy": 25, "torch.compile": 10.5},
+    "food101n-spread": {"researcher numpy": 387, "chunked numpy": 23, "torch.compile": 11.4},
+    "thousand": {"researcher numpy": 648, "chunked numpy": 23, "torch.compile": 16.5},
+}
+
+_CUDA_SHARES = {  # kind of rows -> figure, its name, goal
+    "peaked": ("share_of_read", "share of reading", 0.90),
+    "flat": ("share_of_roofline", "share of roofline", 0.75),
+}
+_COMMAND_SECONDS = {
+    "genkl --help": 0.3,
+    "genkl score, to .npy": 0.5,
+    "genkl score, to .csv": 0.5,
+    "genkl score, to .parquet": 0.5,
+}
+
+_BASELINES = {  # candidate -> column
+    "researcher numpy": "x researcher's NumPy",
+    "chunked numpy": "x chunked NumPy",
+    "chunked float32 numpy": "x float32 NumPy",
+    "torch eager": "x torch",
+    "torch.compile": "x torch.compile",
+}
+
+
+def full_table(result: Result) -> str:
+    """Everything a benchmark recorded, as a Markdown page."""
+    body = _PAGES[result["benchmark"]](result)
+    quick = "\nQuick run: the sizes are tiny, the figures say nothing.\n" if _quick(result) else ""
+    return f"# {result['benchmark']}\n\n{_machine(result)}\n{quick}\n{body}"
+
+
+def readme_block(results: Iterable[Result]) -> str:
+    """The figures for a README: what most readers want to know, from all recorded results."""
+    blocks = [_BLOCKS[r["benchmark"]](r) for r in results if r["benchmark"] in _BLOCKS]
+    return "\n".join(blocks) or "No results recorded yet: run `genkl bench`.\n"
+
+
+def load(folder: Path) -> list[Result]:
+    """The recorded results, in the order of their names."""
+    results = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    ]
+    return [r for r in results if r.get("benchmark") in _PAGES and r["format"] == record.FORMAT]
+
+
+def refresh(readme: Path, block: str) -> None:
+    """Put ``block`` between the two marks in ``readme``.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    text = readme.read_text(encoding="utf-8")
+    head, opening, rest = text.partition(OPENING)
+    _, closing, tail = rest.partition(CLOSING)
+    if not (opening and closing) or OPENING in rest or CLOSING in tail:
+        raise ValueError(f"table: {readme} must have {OPENING} and then {CLOSING} once each")
+    with atomic_write(readme) as temporary:
+        temporary.write_text(f"{head}{OPENING}\n{block}{CLOSING}{tail}", encoding="utf-8")
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def _scoring_page(result: Result) -> str:
+    cells = result["cells"]
+    parts = []
+    for threads in sorted({c["threads"] for c in cells}):
+        some = [c for c in cells if c["threads"] == threads]
+        parts += [f"## {_threads(threads)}\n", _cells(some, "genkl_ext numpy")]
+    parts += ["## Goals\n", _goals(result)]
+    return "\n".join(parts)
+
+
+def _scoring_cuda_page(result: Result) -> str:
+    lines: list[list[Any]] = []
+    for c in result["cells"]:
+        if c["kind"] in _CUDA_SHARES:
+            key, what, goal = _CUDA_SHARES[c["kind"]]
+            here = c["ours"]["genkl_ext"][key]
+            lines.append([c["rule"], c["models"], c["kind"], what, goal, here])
+    return f"{_cells(result['cells'], 'genkl_ext')}\n## Goals\n\n{_goal_table(lines)}"
+
+
+def _cells(cells: list[dict[str, Any]], ours: str) -> str:
+    """One line for each cell; the figures of ``ours``, the rate of its other entry beside it."""
+    others = [name for name in cells[0]["ours"] if name != ours]
+    baselines = [b for b in _BASELINES if any(b in c["mrow_s"] for c in cells)]
+    header = ["rule", "k", "M", "rows", "dominant", "read GB/s", "Mrow/s", "quartiles", "GB/s"]
+    header += ["of reading", "of roofline", "bound", *(f"{name}, Mrow/s" for name in others)]
+    lines = []
+    for c in cells:
+        figures, t = c["ours"][ours], c["times"][ours]
+        quartiles = (t["rows"] / t[edge] / 1e3 for edge in ("upper_ms", "lower_ms"))
+        lines.append(
+            [
+                c["rule"], c["classes"], c["models"], c["kind"], _n(c["dominant"]),
+                _n(c["read_gb_s"]), _n(c["mrow_s"][ours]), " to ".join(map(_n, quartiles)),
+                _n(figures["gb_s"]), _n(figures["share_of_read"]), _n(figures["share_of_roofline"]),
+                c["bound"], *(_n(c["mrow_s"][name]) for name in others),
+                *(_n(figures["times_faster"].get(b)) for b in baselines),
+            ]
+        )  # fmt: skip
+    return _table([*header, *(_BASELINES[b] for b in baselines)], lines)
+
+
+def _goals(result: Result) -> str:
+    every = result["settings"]["all_threads"]
+    cells: dict[tuple[str, int, str], Any] = {
+        (c["rule"], c["models"], c["kind"]): c["ours"]["genkl_ext numpy"]
+        for c in result["cells"]
+        if c["threads"] == every
+    }
+    lines: list[list[Any]] = []
+    for key, goal in _SHARES.items():
+        if key in cells:
+            lines.append([*key, "share of reading", goal, cells[key]["share_of_read"]])
+    for rule, goals in _MULTIPLES.items():
+        for baseline, goal in goals.items():
+            cell = cells.get((rule, 1, "peaked"))
+            if cell and baseline in cell["times_faster"]:
+                here = cell["times_faster"][baseline]
+                lines.append([rule, 1, "peaked", _BASELINES[baseline], goal, here])
+    note = (
+        "What a first study of such kernels reached with two threads on a Zen 5 with AVX-512, "
+        f"against what was reached here with {_threads(every)}.\n\n"
+    )
+    return note + _goal_table(lines)
+
+
+def _goal_table(lines: list[list[Any]]) -> str:
+    """Lines of rule, M, rows, what, the goal and what was reached."""
+    judged = [
+        [*cell, _n(goal), _n(here), "above" if here >= goal else "below", _n(here / goal)]
+        for *cell, goal, here in lines
+    ]
+    return _table(["rule", "M", "rows", "what", "goal", "here", "", "here / goal"], judged)
+
+
+def _ceilings_page(result: Result) -> str:
+    header = ["candidate", "threads", "rate", "quartiles, ms"]
+    return _table(
+        header,
+        [
+            [
+                c["candidate"],
+                c["threads"],
+                f"{_n(c['rate'])} {c['unit']}",
+                f"{_n(c['lower_ms'])} to {_n(c['upper_ms'])}",
+            ]
+            for c in result["cells"]
+        ],
+    )
+
+
+def _command_page(result: Result) -> str:
+    header = ["command", "seconds", "quartiles", "goal: under"]
+    lines = [
+        [
+            f"`{c['command']}`",
+            _n(c["median_ms"] / 1e3),
+            f"{_n(c['lower_ms'] / 1e3)} to {_n(c['upper_ms'] / 1e3)}",
+            _n(_COMMAND_SECONDS.get(c["command"])),
+        ]
+        for c in result["cells"]
+    ]
+    return _table(header, lines)
+
+
+# ---- blocks of the README ------------------------------------------------------------------------
+
+
+def _scoring_block(result: Result) -> str:
+    every = result["settings"]["all_threads"]
+    cells = [
+        c
+        for c in result["cells"]
+        if c["threads"] == every and c["kind"] == "peaked" and c["models"] != 3
+    ]
+    title = f"Scoring NumPy arrays, {_threads(every)}, peaked rows. {_machine(result)}\n\n"
+    return title + _summary(cells, "genkl_ext numpy")
+
+
+def _scoring_cuda_block(result: Result) -> str:
+    cells = [c for c in result["cells"] if c["kind"] == "peaked" and c["models"] != 3]
+    title = f"Scoring CUDA tensors, peaked rows. {_machine(result)}\n\n"
+    return title + _summary(cells, "genkl_ext")
+
+
+def _summary(cells: list[dict[str, Any]], ours: str) -> str:
+    baselines = [b for b in _BASELINES if any(b in c["mrow_s"] for c in cells)]
+    header = ["rule", "classes", "models", "Mrow/s", "GB/s", "of reading", "of roofline"]
+    lines = []
+    for c in cells:
+        figures = c["ours"][ours]
+        lines.append(
+            [
+                c["rule"], c["classes"], c["models"], _n(c["mrow_s"][ours]), _n(figures["gb_s"]),
+                _n(figures["share_of_read"]), _n(figures["share_of_roofline"]),
+                *(_n(figures["times_faster"].get(b)) for b in baselines),
+            ]
+        )  # fmt: skip
+    return _table([*header, *(_BASELINES[b] for b in baselines)], lines)
+
+
+def _command_block(result: Result) -> str:
+    times = {c["command"]: c["median_ms"] / 1e3 for c in result["cells"]}
+    return (
+        f"Whole process: `genkl --help` {_n(times['genkl --help'])} s, `genkl score` of "
+        f"{result['settings']['rows']:,} rows {_n(times['genkl score, to .npy'])} s to `.npy`, "
+        f"{_n(times['genkl score, to .parquet'])} s to `.parquet`.\n"
+    )
+
+
+_PAGES = {
+    "ceilings": _ceilings_page,
+    "score_command": _command_page,
+    "scoring": _scoring_page,
+    "scoring_cuda": _scoring_cuda_page,
+}
+_BLOCKS = {
+    "scoring": _scoring_block,
+    "scoring_cuda": _scoring_cuda_block,
+    "score_command": _command_block,
+}
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _machine(result: Result) -> str:
+    m = result["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v)
+    gpus = "".join(f", {name}" for name in m["gpus"])
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['simd']}, {m['memory_gib']} GiB{gpus}; {m['os']}; "
+        f"{versions}; commit {m['commit']}; {result['recorded'][:10]}."
+    )
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def _quick(result: Result) -> bool:
+    return bool(result["settings"].get("quick"))
+
+
+def _n(value: float | None) -> str:
+    """Three significant digits, no exponent; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return (
+        f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+        if abs(value) >= 0.1
+        else f"{value:.3f}"
+    )
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; columns are aligned to the right where all entries are figures."""
+    rows = [[str(entry) for entry in line] for line in lines]
+    figures = [
+        all(row[i][:1].isdigit() or row[i] == "-" for row in rows) for i in range(len(header))
+    ]
+    rule = ["---:" if right else "---" for right in figures]
+    return "".join("| " + " | ".join(row) + " |\n" for row in [list(header), rule, *rows])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="file to refresh")
+    options = parser.parse_args(arguments)
+    block = readme_block(load(options.results))
+    if options.readme:
+        refresh(options.readme, block)
+        print(f"refreshed {options.readme}")
+    else:
+        print(block, end="")
+
+
+if __name__ == "__main__":
+    main()

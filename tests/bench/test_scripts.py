@@ -1,0 +1,138 @@
+"""The benchmarks run, on sizes too small to tell anything, and what they write is well-formed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import record
+import table
+
+from genkl_ext.cli.bench import FOLDER, find_scripts
+
+BENCH = Path(record.__file__).parent
+
+
+def run_script(name: str, *options: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / f"{name}.py"), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def result_of(name: str, folder: Path) -> dict[str, Any]:
+    """What a script wrote, once it is known to be whole and to have all that a reader needs."""
+    assert sorted(p.name for p in folder.iterdir()) == [f"{name}.json", f"{name}.md"]
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert result["benchmark"] == name
+    assert result["format"] == record.FORMAT
+    assert result["settings"]["quick"] is True
+    assert result["cells"]
+    machine = result["machine"]
+    assert machine["cores"] >= 1
+    assert machine["memory_gib"] > 0
+    assert machine["simd"] in ("avx512", "avx2", "portable")
+    assert {"python", "numpy", "torch", "genkl-ext"} <= machine["versions"].keys()
+    text = (folder / f"{name}.md").read_text()
+    assert text == table.full_table(result)
+    assert "Quick run" in text
+    assert text.count("\n| ") >= len(result["cells"]) + 2
+    return result
+
+
+def assert_times(times: dict[str, float]) -> None:
+    assert 0 < times["best_ms"] <= times["lower_ms"] <= times["median_ms"] <= times["upper_ms"]
+    assert times["samples"] >= 2
+
+
+def assert_scored(cell: dict[str, Any], ours: set[str], baselines: set[str]) -> None:
+    assert cell["ours"].keys() == ours
+    assert cell["mrow_s"].keys() == cell["times"].keys() == ours | baselines
+    assert cell["agreement"].keys() == baselines
+    assert cell["bound"] in ("memory", "arithmetic")
+    for figures in cell["ours"].values():
+        assert min(figures["gb_s"], figures["share_of_read"]) > 0
+        assert figures["share_of_roofline"] >= figures["share_of_read"]
+        assert figures["times_faster"].keys() == baselines
+    for times in cell["times"].values():
+        assert_times(times)
+    for agreement in cell["agreement"].values():
+        assert 0 <= agreement["differ"] <= agreement["rows"]
+
+
+def test_scoring(tmp_path: Path) -> None:
+    choice = ["--rule", "clothing1m", "--models", "1", "3", "--threads", "1"]
+    run_script("scoring", "--quick", *choice, "--out", str(tmp_path))
+    result = result_of("scoring", tmp_path)
+    one, three = result["cells"]
+    assert [(c["models"], c["kind"], c["threads"]) for c in (one, three)] == [
+        (1, "peaked", 1),
+        (3, "peaked", 1),
+    ]
+    ours = {"genkl_ext numpy", "genkl_ext torch"}
+    numpy = {"researcher numpy", "chunked numpy", "chunked float32 numpy"}
+    assert_scored(one, ours, numpy | {"torch eager", "torch.compile"})
+    assert_scored(three, ours, set())
+    assert three["bytes"] == 3 * 4 * 14 * three["rows"]
+    assert result["settings"]["rules"]["clothing1m"]["alpha"] == 1.05
+
+
+def test_scoring_cuda(device: str, tmp_path: Path) -> None:
+    size = "--quick" if device == "cuda" else "--rehearse"
+    choice = ["--rule", "food101n", "--models", "2"]
+    run_script("scoring_cuda", size, *choice, "--out", str(tmp_path))
+    result = result_of("scoring_cuda", tmp_path)
+    assert result["settings"]["device"] == device
+    (cell,) = result["cells"]
+    assert_scored(cell, {"genkl_ext"}, {"torch eager", "torch.compile"})
+    assert cell["read_gb_s"] == max(cell["readers_gb_s"].values())
+
+
+def test_scoring_cuda_without_a_gpu(tmp_path: Path) -> None:
+    said = run_script("scoring_cuda", "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert said == "no GPU here: nothing is timed, nothing is written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_score_command(tmp_path: Path) -> None:
+    run_script("score_command", "--quick", "--out", str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    result = result_of("score_command", tmp_path)
+    assert {c["command"] for c in result["cells"]} >= {"genkl --help", "genkl score, to .parquet"}
+    for cell in result["cells"]:
+        assert_times(cell)
+
+
+def test_ceilings(tmp_path: Path) -> None:
+    run_script("ceilings", "--quick", "--out", str(tmp_path))
+    result = result_of("ceilings", tmp_path)
+    for cell in result["cells"]:
+        assert_times(cell)
+        assert cell["rate"] > 0
+        assert cell["unit"] == ("Gfma/s" if cell["candidate"] == "multiply-add" else "GB/s")
+
+
+def test_a_quick_run_leaves_the_recorded_results_alone() -> None:
+    before = {p: p.stat().st_mtime_ns for p in record.RESULTS.glob("*")}
+    said = run_script("ceilings", "--quick")
+    assert "wrote" not in said
+    assert before == {p: p.stat().st_mtime_ns for p in record.RESULTS.glob("*")}
+
+
+def test_genkl_bench_finds_the_scripts() -> None:
+    if FOLDER != BENCH:
+        pytest.skip("genkl_ext is installed from a wheel, which has no benchmarks")
+    assert find_scripts(FOLDER).keys() == {
+        "ceilings",
+        "score_command",
+        "scoring",
+        "scoring_cuda",
+        "table",
+    }
