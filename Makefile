@@ -9,7 +9,7 @@ LOCK := requirements/ci.txt
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test setup lint format bench lock clean
 .DELETE_ON_ERROR:
@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
@@ -49,7 +49,8 @@ bench: setup
 
 # Writes the versions now in .venv into the lock, keeping its opening comment.
 lock:
-	{ grep '^#' $(LOCK); $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip; } > $(LOCK).new
+	grep '^#' $(LOCK) > $(LOCK).new
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip >> $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 
 clean:
