@@ -23,11 +23,16 @@ using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "nc_score: predictions must be float32, float16, bfloat16 or float64");
 }

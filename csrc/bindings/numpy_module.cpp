@@ -24,10 +24,14 @@ DType dtype_of(const py::array& array) {
   const py::dtype dtype = array.dtype();
   if (dtype.kind() == 'f' && (dtype.byteorder() == '=' || dtype.byteorder() == '|')) {
     switch (dtype.itemsize()) {
-      case 2: return DType::kFloat16;
-      case 4: return DType::kFloat32;
-      case 8: return DType::kFloat64;
-      default: break;
+      case 2:
+        return DType::kFloat16;
+      case 4:
+        return DType::kFloat32;
+      case 8:
+        return DType::kFloat64;
+      default:
+        break;
     }
   }
   throw py::type_error("nc_score: predictions must be float32, float16 or float64, got " +
@@ -95,7 +99,8 @@ py::tuple nc_score(std::vector<py::array> models, const Vectors& vectors, const 
   predictions.logits = logits;
   if (vectors.ndim() != 2 || vectors.shape(0) < 1 || vectors.shape(1) != predictions.classes ||
       predictions.classes < 2 || entropies.size() != vectors.shape(0))
-    throw py::value_error("nc_score: vectors must be (m, k) like predictions (N, k), entropies (m,)");
+    throw py::value_error(
+        "nc_score: vectors must be (m, k) like predictions (N, k), entropies (m,)");
   if (!(tau > 0.0)) throw py::value_error("nc_score: tau must be above 0");
   const NcKernel* kernel = nc_kernel(simd.c_str());
   if (!kernel)

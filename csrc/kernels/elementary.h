@@ -36,11 +36,12 @@ GENKL_HD To bit_cast(From from) {
 // Coefficient n belongs to r^n. kLog2Error bounds the relative error of the float32 log2 built from
 // it, in units of 2^-24, with and without FMA (tests/csrc/test_elementary.cpp).
 constexpr float kLog2Coefficients[10] = {
-    1.4426950216293335f,  -0.7213475108146667f, 0.48090076446533203f, -0.3606748580932617f,
-    0.28838402032852173f, -0.24014833569526672f, 0.2091013640165329f, -0.19027766585350037f,
+    1.4426950216293335f,  -0.7213475108146667f,  0.48090076446533203f, -0.3606748580932617f,
+    0.28838402032852173f, -0.24014833569526672f, 0.2091013640165329f,  -0.19027766585350037f,
     0.1506633311510086f,  -0.06434094160795212f};
 constexpr int kLog2Error = 6;
-constexpr int32_t kThreeQuarters = 0x3f400000;  // the bits of 0.75f: mantissas are cut at [0.75, 1.5)
+constexpr int32_t kThreeQuarters =
+    0x3f400000;  // the bits of 0.75f: mantissas are cut at [0.75, 1.5)
 
 // log2 of a positive normal float; exact at powers of two. The polynomial is summed in halves, not
 // term after term: five operations deep, not ten.
@@ -50,8 +51,7 @@ GENKL_HD float log2_fast(float x) {
                   c6 = kLog2Coefficients[6], c7 = kLog2Coefficients[7], c8 = kLog2Coefficients[8],
                   c9 = kLog2Coefficients[9];
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const int32_t exponent =
-      static_cast<int32_t>(bits - static_cast<uint32_t>(kThreeQuarters)) >> 23;
+  const int32_t exponent = static_cast<int32_t>(bits - static_cast<uint32_t>(kThreeQuarters)) >> 23;
   const float r = bit_cast<float>(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   const float r2 = r * r, r4 = r2 * r2;
   const float low = fmaf(fmaf(c3, r, c2), r2, fmaf(c1, r, c0));
@@ -66,10 +66,9 @@ GENKL_HD double log2_exact(double x) {
   constexpr int64_t three_quarters = 0x3fe8000000000000;
   const int64_t bits = bit_cast<int64_t>(x);
   const int64_t exponent = (bits - three_quarters) >> 52;
-  const double r =
-      bit_cast<double>(static_cast<int64_t>(static_cast<uint64_t>(bits) -
-                                            (static_cast<uint64_t>(exponent) << 52))) -
-      1.0;
+  const double r = bit_cast<double>(static_cast<int64_t>(static_cast<uint64_t>(bits) -
+                                                         (static_cast<uint64_t>(exponent) << 52))) -
+                   1.0;
   const double s = r / (2.0 + r);
   const double z = s * s;
   double p = 2.0 * kLog2E / 27.0;
@@ -102,8 +101,8 @@ GENKL_HD double exp_exact(double x) {
   p = p * r + 1.0;
   p = p * r + 1.0;
   // The integer n stands in the low bits of `shifted`; 2^n is its exponent field.
-  const int64_t power = static_cast<int64_t>(static_cast<uint64_t>(bit_cast<int64_t>(shifted) + 1023)
-                                             << 52);
+  const int64_t power =
+      static_cast<int64_t>(static_cast<uint64_t>(bit_cast<int64_t>(shifted) + 1023) << 52);
   const double value = p * bit_cast<double>(power);
   return x < -700.0 ? 0.0 : value;
 }

@@ -70,15 +70,15 @@ int block_rows(int classes) {
 }
 
 struct Scratch {
-  float* staged;       // [block_rows, classes]
-  float* logs;         // columns: [classes, kColumnsRows]; compact: logarithms of `values`
-  float* values;       // compact: dominant entries, row after row
-  int32_t* index;      // compact: their classes
-  float* sums;         // a_j: columns [stride, kColumnsRows], compact [kWidth, stride]
-  double* row;         // [classes] one row in float64
-  double* exps;        // [classes, rounded up to kSumLanes]
-  double* cross;       // [vectors]
-  float* softmax;      // [classes]
+  float* staged;   // [block_rows, classes]
+  float* logs;     // columns: [classes, kColumnsRows]; compact: logarithms of `values`
+  float* values;   // compact: dominant entries, row after row
+  int32_t* index;  // compact: their classes
+  float* sums;     // a_j: columns [stride, kColumnsRows], compact [kWidth, stride]
+  double* row;     // [classes] one row in float64
+  double* exps;    // [classes, rounded up to kSumLanes]
+  double* cross;   // [vectors]
+  float* softmax;  // [classes]
 
   Scratch(Carver& carver, int classes, int stride) {
     const size_t k = static_cast<size_t>(classes);
@@ -99,8 +99,8 @@ struct Scratch {
 struct Group {
   F critical, divergence, top;
   I top_class, votes;
-  F sum, lowest;     // of the entries
-  int additions;     // that went into one sum, one after the other
+  F sum, lowest;  // of the entries
+  int additions;  // that went into one sum, one after the other
   Mask unsettled;
 };
 
@@ -179,7 +179,8 @@ class Scorer {
       lowest = min(lowest, x);
       const Mask higher = greater(x, top);
       top = max(x, top);
-      top_class = max(top_class, keep(higher, broadcast(int32_t{c + 1})));  // c grows: the last wins
+      top_class =
+          max(top_class, keep(higher, broadcast(int32_t{c + 1})));  // c grows: the last wins
     }
   };
 
@@ -222,9 +223,7 @@ class Scorer {
     F q[kWidth];
     int c = 0;
     for (; c + kWidth <= k; c += kWidth) {
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + c);
-      transpose(q);
+      load_transposed(row, c, q);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
         t.take(q[i], c + i);
@@ -233,13 +232,12 @@ class Scorer {
     }
     if (c == k) return t;
     if (k >= kWidth) {  // the last vectors end with the row; classes taken before are passed over
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kWidth; ++lane) q[lane] = load(row[lane] + k - kWidth);
+      load_transposed(row, k - kWidth, q);
     } else {
 #pragma GCC unroll 16
       for (int lane = 0; lane < kWidth; ++lane) q[lane] = load_first(row[lane], k);
+      transpose(q);
     }
-    transpose(q);
     const int start = k >= kWidth ? k - kWidth : 0;
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
@@ -357,7 +355,7 @@ class Scorer {
       dominant[lane] = top_class[lane] = 0;
       begin[lane] = filled;
       if (lane >= present) continue;
-      const int end = gather(rows + lane * stride, filled, sum[lane], lowest[lane]);
+      const int end = gather(rows + lane * stride, filled, sum[lane], lowest[lane], tops[lane]);
       if (end < 0) {
         dense |= 1u << lane;
         continue;
@@ -368,7 +366,8 @@ class Scorer {
         scratch_.values[end + i] = 1.0f;
         scratch_.index[end + i] = 0;
       }
-      filled += static_cast<int>(round_up(static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
+      filled += static_cast<int>(
+          round_up(static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
     }
     store(scratch_.values + filled, broadcast(1.0f));
     for (int t = 0; t < filled; t += kWidth)
@@ -376,10 +375,12 @@ class Scorer {
 
     for (int lane = 0; lane < present; ++lane) {
       if (dense >> lane & 1) continue;
-      const int end = begin[lane] + static_cast<int>(round_up(
-                          static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
-      compact_products(begin[lane], end, lane, critical[lane], divergence[lane]);
-      tops[lane] = highest(begin[lane], dominant[lane]);
+      const int end =
+          begin[lane] + static_cast<int>(round_up(
+                            static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
+      const Maxima maxima = compact_products(begin[lane], end, scratch_.sums + lane * rule_.stride);
+      critical[lane] = maxima.critical;
+      divergence[lane] = maxima.divergence;
     }
 
     Group g;
@@ -427,10 +428,10 @@ class Scorer {
   // Appends a row's dominant entries and their classes from `at` on; returns the end, or -1 when
   // most of the first classes are dominant and the columns walk is the better one. Adds up the row
   // in passing.
-  int gather(const float* row, int at, F& row_sum, F& row_lowest) const {
+  int gather(const float* row, int at, F& row_sum, F& row_lowest, F& row_top) const {
     const int k = rule_.classes;
     const F tau = broadcast(tau_);
-    F sum = broadcast(0.0f), lowest = sum;
+    F sum = broadcast(0.0f), lowest = sum, top = sum;
     int first = 0;
     for (; first + kWord <= k; first += kWord) {
       const float* const entries = row + first;
@@ -443,6 +444,7 @@ class Scorer {
         const F x = load(entries + i), y = load(entries + i + kWidth);
         sum = add(sum, add(x, y));
         lowest = min(lowest, min(x, y));
+        top = max(top, max(x, y));
         dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
         dominant |= static_cast<uint64_t>(bits(greater_equal(y, tau))) << (i + kWidth);
       }
@@ -451,12 +453,15 @@ class Scorer {
     }
     if (first < k) {
       const float* const entries = row + first;
+      for (int64_t b = 0; b < (k - first) * 4; b += kLine)
+        prefetch(reinterpret_cast<const char*>(entries) + b + kPrefetchBytes);
       uint64_t dominant = 0;
       for (int i = 0; first + i < k; i += kWidth) {
         const int left = k - first - i;
         const F x = left < kWidth ? load_first(entries + i, left) : load(entries + i);
         sum = add(sum, x);
         lowest = min(lowest, x);
+        top = max(top, x);
         dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
       }
       if (first == 0 && __builtin_popcountll(dominant) > k / 2) return -1;
@@ -464,6 +469,7 @@ class Scorer {
     }
     row_sum = sum;
     row_lowest = lowest;
+    row_top = top;
     return at;
   }
 
@@ -487,17 +493,6 @@ class Scorer {
     return at + n;
   }
 
-  // Lanes whose maximum is the largest of n gathered entries.
-  F highest(int begin, int n) {
-    F top = broadcast(0.0f);
-    for (int t = 0; t < n; t += kWidth) {
-      const F q = n - t < kWidth ? load_first(scratch_.values + begin + t, n - t)
-                                 : load(scratch_.values + begin + t);
-      top = max(top, q);
-    }
-    return top;
-  }
-
   // The class of the first gathered entry equal to `top`, which is among them.
   int class_of(float top, int begin) {
     for (int t = begin;; t += kWidth) {
@@ -506,28 +501,38 @@ class Scorer {
     }
   }
 
-  void compact_products(int begin, int end, int lane, F& critical, F& divergence) {
-    critical = broadcast(0.0f);
-    divergence = broadcast(kLowest);
-    float* sums = scratch_.sums + lane * rule_.stride;
+  // The largest a_j and D_j of a row, each in some lane.
+  struct Maxima {
+    F critical = broadcast(0.0f), divergence = broadcast(kLowest);
+  };
+
+  Maxima compact_products(int begin, int end, float* sums) const {
+    Maxima maxima;
     const int vectors = (rule_.vectors + kWidth - 1) / kWidth;
     int v = 0;
-    for (; v + 4 <= vectors; v += 4) compact_product<4>(begin, end, v, sums, critical, divergence);
+    for (; v + 4 <= vectors; v += 4) maxima = compact_product<4>(begin, end, v, sums, maxima);
     switch (vectors - v) {
-      case 3: compact_product<3>(begin, end, v, sums, critical, divergence); break;
-      case 2: compact_product<2>(begin, end, v, sums, critical, divergence); break;
-      case 1: compact_product<1>(begin, end, v, sums, critical, divergence); break;
-      default: break;
+      case 3:
+        return compact_product<3>(begin, end, v, sums, maxima);
+      case 2:
+        return compact_product<2>(begin, end, v, sums, maxima);
+      case 1:
+        return compact_product<1>(begin, end, v, sums, maxima);
+      default:
+        return maxima;
     }
   }
 
   // kCount lane-vectors of a_j for one row, two chains each.
   template <int kCount>
-  void compact_product(int begin, int end, int v, float* sums, F& critical, F& divergence) {
+  Maxima compact_product(int begin, int end, int v, float* sums, Maxima maxima) const {
     F a[kCount], b[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) a[i] = b[i] = broadcast(0.0f);
-    const float* const weights = rule_.weights + v * kWidth;
+    const int first = v * kWidth;
+    const float* const weights = rule_.weights + first;
+    const float* const entropy = rule_.entropy + first;
+    const float* const offset = rule_.offset + first;
     const float* const logs = scratch_.logs;
     const int32_t* const index = scratch_.index;
     const int64_t stride = rule_.stride;
@@ -543,12 +548,13 @@ class Scorer {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-      const int j = (v + i) * kWidth;
+      const int j = i * kWidth;
       const F total = add(a[i], b[i]);
-      critical = max(critical, total);
-      divergence = max(divergence, fma(load(rule_.entropy + j), total, load(rule_.offset + j)));
-      store(sums + j, total);
+      maxima.critical = max(maxima.critical, total);
+      maxima.divergence = max(maxima.divergence, fma(load(entropy + j), total, load(offset + j)));
+      store(sums + first + j, total);
     }
+    return maxima;
   }
 
   // ---- single ----------------------------------------------------------------------------------
@@ -563,7 +569,8 @@ class Scorer {
   // still a normal number.
   int product_length() const {
     const float bits_each = -log2_fast(tau_);
-    const int length = bits_each < 1.0f ? 8 : static_cast<int>((kMinNormalExponent - 1) / bits_each);
+    const int length =
+        bits_each < 1.0f ? 8 : static_cast<int>((kMinNormalExponent - 1) / bits_each);
     return length < 1 ? 1 : length > 8 ? 8 : length;
   }
 
@@ -610,8 +617,8 @@ class Scorer {
       const F lower = broadcast(alpha_ * (1.0f - guard_all_));
       const Mask vote = greater(g.critical, broadcast(alpha_ * (1.0f + guard_all_)));
       g.votes = count(broadcast(int32_t{0}), vote);
-      g.unsettled = either(both_not(greater_equal(g.critical, lower), vote),
-                           greater(load(settle), none));
+      g.unsettled =
+          either(both_not(greater_equal(g.critical, lower), vote), greater(load(settle), none));
       emit(g, first_row + r, nullptr, present);
     }
   }
@@ -682,10 +689,9 @@ class Scorer {
     // A sum that its rounding errors (2^-24 for each addition) could carry past the tolerance is
     // settled too.
     const F tolerance = broadcast(static_cast<float>(rule_.tolerance) - 6.6e-8f * g.additions);
-    const Mask doubtful =
-        either(either(not_less_equal(abs(sub(g.sum, one)), tolerance),
-                      greater(broadcast(0.0f), g.lowest)),
-               either(greater(g.top, one), g.unsettled));
+    const Mask doubtful = either(
+        either(not_less_equal(abs(sub(g.sum, one)), tolerance), greater(broadcast(0.0f), g.lowest)),
+        either(greater(g.top, one), g.unsettled));
     const uint32_t lanes = ((present < 32 ? 1u << present : 0u) - 1u) & ~skip;
     if (!number && present == kWidth && !skip) {
       store(out_.critical_alpha + first_row, g.critical);
@@ -769,10 +775,14 @@ class Scorer {
   template <typename Function>
   auto with_type(Function f) const {
     switch (in_.dtype) {
-      case DType::kFloat16: return f(Type<Half>());
-      case DType::kBFloat16: return f(Type<BFloat>());
-      case DType::kFloat64: return f(Type<double>());
-      default: return f(Type<float>());
+      case DType::kFloat16:
+        return f(Type<Half>());
+      case DType::kBFloat16:
+        return f(Type<BFloat>());
+      case DType::kFloat64:
+        return f(Type<double>());
+      default:
+        return f(Type<float>());
     }
   }
 
@@ -835,13 +845,11 @@ class Scorer {
         else
           for (int i = 0; i < k; ++i) p[i] = static_cast<float>(values[i]);
         // Sums of float32 numbers kept in q are rounded to float32 after every addition.
-        for (int i = 0; i < k; ++i)
-          q[i] = model == 0 ? p[i] : static_cast<float>(q[i]) + p[i];
+        for (int i = 0; i < k; ++i) q[i] = model == 0 ? p[i] : static_cast<float>(q[i]) + p[i];
       }
     }
     if (in_.models > 1)
-      for (int i = 0; i < k; ++i)
-        q[i] = static_cast<float>(q[i]) / static_cast<float>(in_.models);
+      for (int i = 0; i < k; ++i) q[i] = static_cast<float>(q[i]) / static_cast<float>(in_.models);
     if (in_.logits) return valid;
     return valid && sums_to_one(q, k);
   }

@@ -59,11 +59,11 @@ struct NcRule {
   int32_t stride;   // floats per class in weights; length of entropy and offset
   bool exact_only;  // settle every row in float64
   double alpha;
-  double tau;        // rounded to the compared dtype; above 0
-  double tolerance;  // how far from 1 a row may sum
-  float* weights;    // [classes, stride]  -u_ji / H_j, 0 beyond the vectors
-  float* entropy;    // [stride]  H_j, 0 beyond
-  float* offset;     // [stride]  -alpha H_j, the lowest float beyond
+  double tau;             // rounded to the compared dtype; above 0
+  double tolerance;       // how far from 1 a row may sum
+  float* weights;         // [classes, stride]  -u_ji / H_j, 0 beyond the vectors
+  float* entropy;         // [stride]  H_j, 0 beyond
+  float* offset;          // [stride]  -alpha H_j, the lowest float beyond
   double* vectors_exact;  // [classes, vectors]  u_ji
   double* entropy_exact;  // [vectors]  sum_i u_ji log2 u_ji = -H_j
 };

@@ -129,8 +129,8 @@ inline F fold_lanes(const F* v, Fold fold) {
     pairs[i] = fold(pairs_low(v[2 * i], v[2 * i + 1]), pairs_high(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    quads[i] = fold(quads_low(pairs[2 * i], pairs[2 * i + 1]),
-                    quads_high(pairs[2 * i], pairs[2 * i + 1]));
+    quads[i] =
+        fold(quads_low(pairs[2 * i], pairs[2 * i + 1]), quads_high(pairs[2 * i], pairs[2 * i + 1]));
   const F x = fold(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44),
                    _mm512_shuffle_f32x4(quads[0], quads[1], 0xee));
   const F y = fold(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44),
@@ -203,27 +203,41 @@ inline F quads_high(F a, F b) { return _mm256_shuffle_ps(a, b, 0xee); }
 inline F halves_low(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x20); }
 inline F halves_high(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x31); }
 
+// Rows 0 to 3 stand in the low halves of h[0 ... 3], and again in those of h[4 ... 7], which hold their
+// last four entries; rows 4 to 7 in the high halves. v[i] becomes the i-th entries of the rows.
+inline void transpose_halves(const F* h, F* v) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const F a = pairs_low(h[i], h[i + 1]), b = pairs_high(h[i], h[i + 1]);
+    const F c = pairs_low(h[i + 2], h[i + 3]), d = pairs_high(h[i + 2], h[i + 3]);
+    v[i] = quads_low(a, c);
+    v[i + 1] = quads_high(a, c);
+    v[i + 2] = quads_low(b, d);
+    v[i + 3] = quads_high(b, d);
+  }
+}
+
 // v[i] becomes the i-th entries of the eight vectors.
 inline void transpose(F* v) {
-  F t[8];
+  F h[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    t[2 * i] = pairs_low(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = pairs_high(v[2 * i], v[2 * i + 1]);
+    h[i] = halves_low(v[i], v[4 + i]);
+    h[4 + i] = halves_high(v[i], v[4 + i]);
   }
-  F q[8];
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    q[4 * i] = quads_low(t[4 * i], t[4 * i + 2]);
-    q[4 * i + 1] = quads_high(t[4 * i], t[4 * i + 2]);
-    q[4 * i + 2] = quads_low(t[4 * i + 1], t[4 * i + 3]);
-    q[4 * i + 3] = quads_high(t[4 * i + 1], t[4 * i + 3]);
+  transpose_halves(h, v);
+}
+
+// v[i] becomes the entries c + i of kWidth rows.
+inline void load_transposed(const float* const* row, int c, F* v) {
+  F h[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // halves put together by loads spare the shuffles
+    const int r = i % 4, from = c + i / 4 * 4;
+    h[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[r] + from)),
+                                _mm_loadu_ps(row[r + 4] + from), 1);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = halves_low(q[i], q[4 + i]);
-    v[4 + i] = halves_high(q[i], q[4 + i]);
-  }
+  transpose_halves(h, v);
 }
 
 // Lane r of the result folds all lanes of v[r].
@@ -235,8 +249,8 @@ inline F fold_lanes(const F* v, Fold fold) {
     pairs[i] = fold(pairs_low(v[2 * i], v[2 * i + 1]), pairs_high(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
-    quads[i] = fold(quads_low(pairs[2 * i], pairs[2 * i + 1]),
-                    quads_high(pairs[2 * i], pairs[2 * i + 1]));
+    quads[i] =
+        fold(quads_low(pairs[2 * i], pairs[2 * i + 1]), quads_high(pairs[2 * i], pairs[2 * i + 1]));
   return fold(halves_low(quads[0], quads[1]), halves_high(quads[0], quads[1]));
 }
 
@@ -281,7 +295,7 @@ inline Mask greater(F a, F b) { return a > b; }
 inline Mask not_less_equal(F a, F b) { return ~(a <= b); }
 inline Mask equal(F a, F b) { return a == b; }
 inline Mask either(Mask a, Mask b) { return a | b; }
-inline Mask both_not(Mask a, Mask b) { return a & ~b; }  // a and not b
+inline Mask both_not(Mask a, Mask b) { return a & ~b; }         // a and not b
 inline F keep(Mask m, F a) { return as_float(m & as_int(a)); }  // 0 elsewhere
 inline I keep(Mask m, I a) { return m & a; }
 inline I select(Mask m, I a, I b) { return (m & a) | (~m & b); }
@@ -336,6 +350,15 @@ inline F fold_lanes(const F* v, Fold fold) {
   return fold(fold(t[0], t[1]), fold(t[2], t[3]));
 }
 
+#endif
+
+#if !defined(GENKL_SIMD_AVX2)
+// v[i] becomes the entries c + i of kWidth rows.
+inline void load_transposed(const float* const* row, int c, F* v) {
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = load(row[lane] + c);
+  transpose(v);
+}
 #endif
 
 inline F log2(F x) {  // log2_fast, lane by lane
