@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 LOG2_E = 1.4426950408889634  # log2(e), nearest float64
-LN2_HIGH = 0.6931471803691238  # ln 2 with its low 21 bits cleared: n * LN2_HIGH is exact for |n| <= 2048
+LN2_HIGH = 0.6931471803691238  # ln 2, its low 21 bits cleared: n * LN2_HIGH is exact
 LN2_LOW = 1.9082149292705877e-10  # ln 2 - LN2_HIGH
 SUM_LANES = 32  # partial sums of a softmax denominator
 

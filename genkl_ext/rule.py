@@ -245,7 +245,12 @@ class GenKL:
             from . import _native
 
             outputs = _native.nc_score(
-                models, *self._distinct[:2], self.alpha, self.tau, self._distinct[2], logits,
+                models,
+                *self._distinct[:2],
+                self.alpha,
+                self.tau,
+                self._distinct[2],
+                logits,
                 num_threads(),
             )
         critical_alpha, divergence, votes, top_class, top_prob, first_bad_row = outputs
@@ -325,9 +330,7 @@ def _check_models(models: list[Any], num_classes: int) -> str:
             hint = " (or torch tensor)" if i == 0 else ""
             raise TypeError(f"score: {name} must be {wanted}{hint}, got {type(model).__name__}")
         if str(model.dtype) not in allowed:
-            raise TypeError(
-                f"score: {name} must be {', '.join(allowed)}, got {model.dtype}"
-            )
+            raise TypeError(f"score: {name} must be {', '.join(allowed)}, got {model.dtype}")
         if model.ndim != 2 or model.shape[1] != num_classes:
             raise ValueError(
                 f"score: {name} must have shape (N, {num_classes}), got {tuple(model.shape)}"

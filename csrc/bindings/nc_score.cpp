@@ -102,7 +102,7 @@ Outputs nc_score(std::vector<Tensor> models, Tensor vectors, Tensor entropies, d
   const auto device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const size_t bytes = rule_bytes(predictions.classes, count);
   Tensor memory = column(ScalarType::Byte, static_cast<int64_t>(bytes));
   const NcRule rule = layout_rule(memory.mutable_data_ptr(), predictions, count,

@@ -60,7 +60,7 @@ GENKL_HD float log2_fast(float x) {
   return fmaf(r, fmaf(top, r4, low), static_cast<float>(exponent));
 }
 
-// log2 of a positive normal double to 3 ulp; NaN and infinity are returned as they are.
+// log2 of a positive normal double to 4 ulp; NaN and infinity are returned as they are.
 // x = 2^e m, m in [0.75, 1.5), s = (m - 1) / (m + 1): e + 2 log2(e) (s + s^3/3 + ... + s^27/27).
 GENKL_HD double log2_exact(double x) {
   constexpr int64_t three_quarters = 0x3fe8000000000000;
@@ -80,7 +80,7 @@ GENKL_HD double log2_exact(double x) {
   return x <= 1.7976931348623157e308 ? value : x;
 }
 
-// e^x for x <= 0 to 1 ulp; 0 below -700; NaN is returned as it is.
+// e^x for x <= 0 to 2 ulp; 0 below -700; NaN is returned as it is.
 GENKL_HD double exp_exact(double x) {
   const double y = x < -700.0 ? -700.0 : x;
   const double shifted = y * kLog2E + kRoundingShift;

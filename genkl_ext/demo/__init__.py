@@ -10,6 +10,7 @@
     figures.py   its two pictures
 
 Digits 0 to 7 are the classes. Every 8 and 9 fits none of them and was "crawled" under a random
-class label; a quarter of the other noisy labels are those of the digit that looks most alike. Which images these are is written
-beside the data and read only by ``results.py``, when all training is over.
+class label. A quarter of the other noisy labels are those of the digit that looks most alike.
+Which images these are is written beside the data and read only by ``results.py``, when all
+training is over.
 """

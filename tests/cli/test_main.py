@@ -201,5 +201,5 @@ def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
 def test_the_list_of_commands_is_the_folder() -> None:
     folder = Path(main_module.__file__).parent
     parts = {"__init__", "main", "parser", "progress"}
-    files = {path.stem.replace("_", "-") for path in folder.glob("*.py")}
-    assert files - parts == set(COMMANDS)
+    files = {path.stem for path in folder.glob("*.py")} - parts
+    assert {name.replace("_", "-") for name in files} == set(COMMANDS)

@@ -147,7 +147,8 @@ class Machine {
 
   unsigned lane() const { return current->number % kWarpLanes; }
 
-  [[noreturn]] void fail(const std::string& what) {
+  // Of a fiber: its launch fails. What stands on the fiber's stack is never destroyed.
+  [[noreturn]] void fail(const char* what) {
     failure_ = what;
     suspend();
     std::abort();  // a failed launch never goes on
@@ -187,13 +188,13 @@ class Machine {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #endif
-    if (!failure_.empty()) raise(failure_);
+    if (failure_) raise(failure_);
   }
 
   [[noreturn]] void raise(const std::string& what) {
     const std::string place = " (block " + std::to_string(block_index.x) + ", thread " +
                               (current ? std::to_string(current->number) : "?") + ")";
-    failure_.clear();
+    failure_ = nullptr;
     current = nullptr;
     guard_shared(0);
     throw Failure(what + place);
@@ -344,7 +345,7 @@ class Machine {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> ready_;
   ucontext_t host_;
-  std::string failure_;
+  const char* failure_ = nullptr;
   uint64_t meetings_ = 0, launches_ = 0;
 #if defined(__SANITIZE_ADDRESS__)
   const void* host_stack_ = nullptr;

@@ -15,9 +15,11 @@ from genkl_ext import GenKL
 from genkl_ext.cli import UsageError
 from genkl_ext.cli.demo import demo
 from genkl_ext.demo import digits, folder, training
+from genkl_ext.relabel import Targets, class_ratio
 from genkl_ext.scoring import read_nc_list
 
 SEEDS = (0, 1)
+QUICK = training.Settings(steps=20, validate_every=10, fine_tune_steps=5)  # of --quick
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,11 @@ def load(path):
     network = training.make_network(digits.CLASSES, 0)
     network.load_state_dict(load_file(path))
     return network
+
+
+def same_weights(network, path):
+    weights = network.state_dict()
+    return all(torch.equal(weights[key], value) for key, value in load_file(path).items())
 
 
 def test_nothing_is_missing_and_nothing_is_left_over(out):
@@ -90,12 +97,25 @@ def test_predictions_are_those_of_the_members(out, splits, t):
 def test_what_each_kind_of_network_was_trained_on(out, splits):
     clean, noisy = splits["clean_train"], splits["noisy_train"]
     sources = {"iteration-0/members": clean, "plain": noisy, "plain-both": noisy + clean}
-    settings = training.Settings(steps=20, validate_every=10)  # those of --quick
     for name, split in sources.items():
-        again = training.train_plain(split, 8, splits["clean_val"], settings, 1, lambda: None)
-        saved = load_file(out / name / "1" / "last.safetensors")
-        weights = again.last.state_dict()
-        assert all(torch.equal(weights[key], value) for key, value in saved.items())
+        again = training.train_plain(split, 8, splits["clean_val"], QUICK, 1, lambda: None)
+        assert same_weights(again.last, out / name / "1" / "last.safetensors")
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_trials_are_trained_on_the_relabelled_images_and_tuned_on_clean_ones(out, splits, t):
+    place = out / f"iteration-{t}"
+    rule = GenKL(**json.loads((place / "summary.json").read_text())["rule"])
+    scores = rule.score([np.load(place / "predictions" / f"{seed}.npy") for seed in SEEDS])
+    noisy, clean, validation = (splits[n] for n in ("noisy_train", "clean_train", "clean_val"))
+    targets = Targets.of(scores, noisy.labels, class_ratio(clean.labels, digits.CLASSES))
+    trial = training.train_genkl(noisy, targets, clean, validation, QUICK, 1, lambda: None)
+    tuned = training.fine_tune(trial, clean, validation, QUICK, 1, lambda: None)
+    assert same_weights(trial.best, place / "trial-1/best.safetensors")
+    assert same_weights(trial.last, place / "trial-1/last.safetensors")
+    assert same_weights(tuned.best, place / "trial-1/finetune_best.safetensors")
+    assert same_weights(tuned.last, place / "trial-1/finetune_last.safetensors")
+    assert not same_weights(tuned.last, place / "trial-1/best.safetensors")
 
 
 def test_alpha_comes_from_the_validation_images(out, splits):
