@@ -31,7 +31,8 @@ def demo(
         out: folder for everything the run makes
         seeds: networks of each kind to train and to average
         seed: the first seed, of the data too
-        flips: wrong labels are of the class that looks most alike, or of any other class
+        flips: wrong labels are of the class that looks most alike, or of any other class, which
+            harms plain training less
         quick: a few steps each, to see that everything works; the numbers mean nothing
 
     Example:

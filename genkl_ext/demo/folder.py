@@ -55,7 +55,10 @@ def prepare(out: Path, recipe: dict[str, Any]) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"demo: cannot make the folder {out}: {error.strerror}") from error
     with atomic_write(mark) as temporary:
         lines = (f"{name}: {json.dumps(value)}\n" for name, value in recipe.items())
         temporary.write_text(_MARK + "".join(lines))

@@ -246,7 +246,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "data" / "thesis.tex").read_text() == "years of work"
     taken = tmp_path / "file"
     taken.write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(FileExistsError, match="^demo: cannot make the folder .*file: File exists"):
         demo(out=taken, quick=True)
 
 
