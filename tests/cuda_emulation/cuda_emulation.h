@@ -72,7 +72,8 @@ struct cudaLaunchConfig_t {
 // The dynamic shared memory, by the name that the kernels give it.
 constexpr size_t kSharedBytes = 48 * 1024;
 constexpr size_t kSharedMargin = 1024;
-alignas(128) inline thread_local uint4 shared_memory[(kSharedBytes + kSharedMargin) / sizeof(uint4)];
+alignas(128) inline thread_local uint4
+    shared_memory[(kSharedBytes + kSharedMargin) / sizeof(uint4)];
 
 namespace cuda_emulation {
 
@@ -95,7 +96,7 @@ struct Fiber {
   State state = State::kReady;
   Meeting meeting = Meeting::kNone;
   unsigned mask = 0;
-  uint64_t given = 0;                       // to the meeting, by this fiber
+  uint64_t given = 0;                         // to the meeting, by this fiber
   std::array<uint64_t, kWarpLanes> received;  // by all lanes
 };
 
@@ -291,12 +292,18 @@ class Machine {
 
   static const char* name(Meeting meeting) {
     switch (meeting) {
-      case Meeting::kBlock: return "__syncthreads";
-      case Meeting::kSyncWarp: return "__syncwarp";
-      case Meeting::kShuffle: return "a shuffle";
-      case Meeting::kVote: return "a vote";
-      case Meeting::kReduce: return "a reduction";
-      default: return "nothing";
+      case Meeting::kBlock:
+        return "__syncthreads";
+      case Meeting::kSyncWarp:
+        return "__syncwarp";
+      case Meeting::kShuffle:
+        return "a shuffle";
+      case Meeting::kVote:
+        return "a vote";
+      case Meeting::kReduce:
+        return "a reduction";
+      default:
+        return "nothing";
     }
   }
 
@@ -320,7 +327,8 @@ class Machine {
   void guard_shared([[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(shared(), kSharedBytes + kSharedMargin);
-    if (bytes > 0) __asan_poison_memory_region(shared() + bytes, kSharedBytes + kSharedMargin - bytes);
+    if (bytes > 0)
+      __asan_poison_memory_region(shared() + bytes, kSharedBytes + kSharedMargin - bytes);
 #endif
   }
 
