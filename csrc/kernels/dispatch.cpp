@@ -57,10 +57,14 @@ double round_to(double x, int precision, int lowest) {
 
 double round_tau(double tau, DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return round_to(tau, 24, -125);
-    case DType::kFloat16: return round_to(tau, 11, -13);
-    case DType::kBFloat16: return round_to(tau, 8, -125);
-    default: return tau;
+    case DType::kFloat32:
+      return round_to(tau, 24, -125);
+    case DType::kFloat16:
+      return round_to(tau, 11, -13);
+    case DType::kBFloat16:
+      return round_to(tau, 8, -125);
+    default:
+      return tau;
   }
 }
 

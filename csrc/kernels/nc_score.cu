@@ -35,12 +35,12 @@ constexpr int32_t kToColumns = -2;  // votes of a row left to `columns`
 constexpr int kColumnsUpTo = 256;  // classes
 constexpr int kLaneRows = 2;
 constexpr int kTileRows = kLaneRows * kLanes;
-constexpr int kChunk = 32;          // classes staged at a time
-constexpr int kBlockVectors = 20;   // vectors whose sums stay in registers
+constexpr int kChunk = 32;                                  // classes staged at a time
+constexpr int kBlockVectors = 20;                           // vectors whose sums stay in registers
 constexpr int64_t kMaxRowStride = INT_MAX / kTileRows / 4;  // offsets in a tile are 32 bits wide
-constexpr int kColumnsBlocks = 4;   // per multiprocessor: what the registers must leave room for
-constexpr int kStageLoads = 4;      // packs that a lane has under way
-constexpr int kSearchRows = 256;    // rows that a warp searches for marks
+constexpr int kColumnsBlocks = 4;  // per multiprocessor: what the registers must leave room for
+constexpr int kStageLoads = 4;     // packs that a lane has under way
+constexpr int kSearchRows = 256;   // rows that a warp searches for marks
 
 constexpr int kQuad = 4;             // vectors of a lane in `compact`
 constexpr int kStepLoads = 2;        // wide loads of a lane per step of a row
@@ -51,9 +51,7 @@ constexpr float kDenseShare = 0.3f;  // of the first step's entries: above, `col
 __device__ __forceinline__ int64_t warp_number() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
 }
-__device__ __forceinline__ int64_t warp_count() {
-  return static_cast<int64_t>(gridDim.x) * kWarps;
-}
+__device__ __forceinline__ int64_t warp_count() { return static_cast<int64_t>(gridDim.x) * kWarps; }
 
 // This warp's part of the block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* warp_memory(int bytes) {
@@ -116,7 +114,7 @@ struct Word<16> {
 template <typename T, int kWide>
 struct Pack {
   static constexpr int kBytes = kWide * static_cast<int>(sizeof(T));
-  using WordType = typename Word<kBytes < 16 ? kBytes : 16>::type;
+  using WordType = typename Word < kBytes<16 ? kBytes : 16>::type;
   static constexpr int kWords = kBytes / static_cast<int>(sizeof(WordType));
   WordType words[kWords];
 
@@ -218,8 +216,7 @@ struct TileRows {
 // divided.
 template <bool kFirst, int kWide, typename T>
 __device__ __forceinline__ void stage_packs(const T* from, int jump, float* to, int tile_jump,
-                                            int step, int left, bool last,
-                                            const Divisor& divisor) {
+                                            int step, int left, bool last, const Divisor& divisor) {
   Pack<T, kWide> packs[kStageLoads];
 #pragma unroll
   for (int i = 0; i < kStageLoads; ++i)
@@ -404,9 +401,8 @@ __global__ void __launch_bounds__(kThreads, kColumnsBlocks)
             const __grid_constant__ NcRule rule, const FastRule fast, const TileLayout layout,
             const Divisor divisor, bool marked_only, const NcOutputs out) {
   const int tile_bytes = kTileRows * layout.stride * static_cast<int>(sizeof(float));
-  unsigned char* memory =
-      warp_memory(tile_bytes + kTileRows * static_cast<int>(sizeof(int64_t)));
-  float* tile = reinterpret_cast<float*>(memory);                     // [kTileRows, stride]
+  unsigned char* memory = warp_memory(tile_bytes + kTileRows * static_cast<int>(sizeof(int64_t)));
+  float* tile = reinterpret_cast<float*>(memory);                      // [kTileRows, stride]
   int64_t* numbers = reinterpret_cast<int64_t*>(memory + tile_bytes);  // [kTileRows]
   const float band = guard(rule.classes);
 
@@ -503,7 +499,7 @@ __device__ __forceinline__ void average_step(const Predictions& in, const Diviso
 }
 
 struct ListEntry {
-  float value;  // q, then log2 q
+  float value;     // q, then log2 q
   int32_t number;  // its class
 };
 
@@ -530,8 +526,7 @@ struct CompactRow {
 
 // Adds a list of dominant entries to the row. `weights` are those of the lane's first vector.
 __device__ __forceinline__ void add_list(ListEntry* list, int length, const QuadGroups& groups,
-                                         const float* weights, int weight_stride,
-                                         CompactRow& row) {
+                                         const float* weights, int weight_stride, CompactRow& row) {
   __syncwarp();
   for (int t = lane_number(); t < length; t += kLanes) {
     const ListEntry entry = list[t];
@@ -686,10 +681,14 @@ __device__ __forceinline__ double read_entry(const Predictions& in, int model, i
   const int64_t at = row * in.row_stride[model] + c * in.class_stride[model];
   const void* data = in.data[model];
   switch (in.dtype) {
-    case DType::kFloat16: return to_float(static_cast<const __half*>(data)[at]);
-    case DType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
-    case DType::kFloat64: return static_cast<const double*>(data)[at];
-    default: return static_cast<const float*>(data)[at];
+    case DType::kFloat16:
+      return to_float(static_cast<const __half*>(data)[at]);
+    case DType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
+    case DType::kFloat64:
+      return static_cast<const double*>(data)[at];
+    default:
+      return static_cast<const float*>(data)[at];
   }
 }
 
@@ -701,9 +700,9 @@ __device__ double read_mean(const Predictions& in, const SoftmaxScale* scales, i
     const double x = read_entry(in, model, row, c);
     valid = valid && fabs(x) <= DBL_MAX && (in.logits || x >= 0.0);
     if (in.models == 1 && !in.logits) return x;
-    const float q = in.logits ? static_cast<float>(exp_exact(x - scales[model].highest) /
-                                                   scales[model].total)
-                              : static_cast<float>(x);
+    const float q =
+        in.logits ? static_cast<float>(exp_exact(x - scales[model].highest) / scales[model].total)
+                  : static_cast<float>(x);
     mean = model == 0 ? q : mean + q;
   }
   return in.models > 1 ? mean / static_cast<float>(in.models) : mean;
@@ -924,9 +923,12 @@ bool is_fast(const Predictions& in, const NcRule& rule) {
 template <typename Function>
 cudaError_t with_type(DType dtype, Function f) {
   switch (dtype) {
-    case DType::kFloat16: return f(__half());
-    case DType::kBFloat16: return f(__nv_bfloat16());
-    default: return f(float());
+    case DType::kFloat16:
+      return f(__half());
+    case DType::kBFloat16:
+      return f(__nv_bfloat16());
+    default:
+      return f(float());
   }
 }
 
@@ -944,9 +946,12 @@ cudaError_t launch_columns(const Predictions& in, int64_t rows, const NcRule& ru
                     fast_rule(rule, rule.classes), layout, divisor_of(in), marked_only, out);
     };
     switch (layout.wide) {
-      case 4: return launch_with(single ? columns<T, 4, 1> : columns<T, 4, kBlockVectors>);
-      case 2: return launch_with(single ? columns<T, 2, 1> : columns<T, 2, kBlockVectors>);
-      default: return launch_with(single ? columns<T, 1, 1> : columns<T, 1, kBlockVectors>);
+      case 4:
+        return launch_with(single ? columns<T, 4, 1> : columns<T, 4, kBlockVectors>);
+      case 2:
+        return launch_with(single ? columns<T, 2, 1> : columns<T, 2, kBlockVectors>);
+      default:
+        return launch_with(single ? columns<T, 1, 1> : columns<T, 1, kBlockVectors>);
     }
   });
 }
@@ -970,8 +975,8 @@ int nc_score_cuda(const Predictions& predictions, int64_t rows, const NcRule& ru
                   int64_t* first_bad_row, void* stream_pointer) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   const int64_t slots = static_cast<int64_t>(rule.classes) * rule.stride;
-  cudaError_t error = launch(fill, blocks_for(slots, kThreads), 0, stream, rule, vectors, entropies,
-                             first_bad_row);
+  cudaError_t error =
+      launch(fill, blocks_for(slots, kThreads), 0, stream, rule, vectors, entropies, first_bad_row);
   if (rows == 0 || error != cudaSuccess) return error;
 
   const bool fast = is_fast(predictions, rule);

@@ -1,8 +1,8 @@
 // The emulation itself: right kernels give right results in every order of threads, and each fault
 // that it promises to notice is noticed.
-#include "cuda_emulation.h"
-
 #include <cstdio>
+
+#include "cuda_emulation.h"
 
 namespace {
 
