@@ -15,14 +15,16 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "tests-csrc"
 
 
-def _run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
-        **options,
+        env=environment,
     )
 
 
@@ -73,7 +75,7 @@ def test_program(build: Path, command: str) -> None:
     program, *arguments = command.split()
     # Leaks are those of fibers that a failed launch leaves behind.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    result = _run(build / program, *arguments, env=environment)
+    result = _run(build / program, *arguments, environment=environment)
     print(result.stdout[-2000:])
     assert result.returncode == 0, result.stderr[-4000:]
 
