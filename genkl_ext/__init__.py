@@ -3,7 +3,8 @@
     rule.py        the GenKL rule and its score          reference.py  its definition in NumPy
     ops.py         the torch operators                   relabel.py    targets for the next training
     objective.py   the three-term training objective     scoring/      files in, table out
-    cli/           the ``genkl`` command                 demo/         the whole loop on digits
+    data/          manifests, decoding, batches          demo/         the whole loop on digits
+    cli/           the ``genkl`` command
 
 Importing this package loads neither torch nor DALI: names are resolved when first used.
 """
@@ -16,16 +17,26 @@ if TYPE_CHECKING:
     from . import ops as ops
     from . import reference as reference
     from . import relabel as relabel
+    from .data import Manifest as Manifest
     from .rule import GenKL as GenKL
     from .rule import Scores as Scores
     from .scoring import score_files as score_files
 
     __version__: str
 
-_HOME = {"GenKL": ".rule", "Scores": ".rule", "score_files": ".scoring"}
+_HOME = {"GenKL": ".rule", "Manifest": ".data", "Scores": ".rule", "score_files": ".scoring"}
 _MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
 
-__all__ = ["GenKL", "Scores", "objective", "ops", "reference", "relabel", "score_files"]
+__all__ = [
+    "GenKL",
+    "Manifest",
+    "Scores",
+    "objective",
+    "ops",
+    "reference",
+    "relabel",
+    "score_files",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,9 @@
-"""Files that are either complete or absent.
+"""Files and folders that are either complete or absent.
 
     with atomic_write("scores.csv") as temporary:
         temporary.write_text(table)
+    with atomic_folder("example") as temporary:
+        (temporary / "a.txt").write_text(text)
 
 A reader, or a job that is started again after a crash, sees the old file or the new one, never
 half of one. What a killed process leaves is its temporary file, ``.NAME.*.partial.SUFFIX``.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +47,38 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder to fill; put it in place as ``path`` when the block ends well.
+
+    If the block raises, nothing is left. The files in it are not synced to disk.
+
+    Args:
+        path: the folder to make; it must not exist, or be empty, in a folder that exists.
+
+    Yields:
+        A new folder beside it.
+
+    Raises:
+        OSError: ``path`` exists and is not an empty folder, or it cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"cannot make {target}: it exists and is not an empty folder")
+    made = target.with_name(f".{target.name}-{os.urandom(6).hex()}")
+    try:
+        made.mkdir()
+    except OSError as error:
+        raise type(error)(f"cannot make {target}: {os.strerror(error.errno or 0)}") from error
+    try:
+        yield made
+        os.replace(made, target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
         raise
     _sync_folder(target.parent)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from genkl_ext.files import atomic_write, require_writable
+from genkl_ext.files import atomic_folder, atomic_write, require_writable
 
 
 def test_writes_a_new_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -151,3 +151,46 @@ def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match=r"cannot write .*a\.csv: it is read-only"):
         require_writable(target)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with atomic_folder(target) as made:
+        (made / "a").mkdir()
+        (made / "a/b.txt").write_text("b")
+        assert made.parent == tmp_path and not target.exists()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        "made",
+        "made/a",
+        "made/a/b.txt",
+    ]
+    (tmp_path / "usual").mkdir()
+    assert target.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_block_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "made") as made:
+        (made / "a.txt").write_text("half")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_only(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as made:
+        (made / "a.txt").touch()
+    assert os.listdir(tmp_path / "empty") == ["a.txt"]
+    (tmp_path / "file").touch()
+    for name in ("empty", "file"):  # no longer empty
+        with (
+            pytest.raises(FileExistsError, match=f"cannot make .*{name}: it exists"),
+            atomic_folder(tmp_path / name),
+        ):
+            pass
+    with (
+        pytest.raises(FileNotFoundError, match="cannot make .*made: No such file or directory"),
+        atomic_folder(tmp_path / "none/made"),
+    ):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]

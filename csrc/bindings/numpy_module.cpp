@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common.h"
+#include "image.h"
 
 namespace py = pybind11;
 
@@ -161,4 +162,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("entropies", &genkl::entropies, py::arg("vectors"),
         "sum_i u_ji log2 u_ji of every row, float64.");
   m.def("build_info", &genkl::build_info, "What this module was built with and what it chose.");
+  genkl::bind_image_functions(m);
 }

@@ -20,16 +20,20 @@ from typing import Any
 
 from . import UsageError
 
-# In the order of use. The function is genkl_ext.cli.NAME:NAME, with "_" for "-".
+# In the order of use. The function of "group name" is genkl_ext.cli.group:name, that of "name"
+# genkl_ext.cli.name:name, with "_" for "-".
 COMMANDS = {
     "demo": "the whole loop on bundled images: train, score, relabel, train again",
     "info": "what is installed and built, and what is missing",
+    "data info": "what a folder, table or manifest of images holds, and what is odd in it",
+    "data make-example": "a miniature of a data set, in its layout",
     "score": "NC scores of prediction files",
+    "scan": "the broken images of a data set, and why they are",
     "bench": "the benchmarks that suit this machine",
 }
 
 _HELP = """\
-usage: genkl COMMAND [OPTIONS]
+usage: genkl {group}COMMAND [OPTIONS]
 
 Find the images of a web-crawled training set that fit no class, or several.
 
@@ -42,8 +46,12 @@ options:
   --debug      show the traceback of an error
 
 example:
-  genkl score predictions.npy --preset clothing1m -o scores.parquet
+  {example}
 """
+_EXAMPLES = {
+    "": "genkl score predictions.npy --preset clothing1m -o scores.parquet",
+    "data": "genkl data info /data/clothing1m",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        if words and words[0] in COMMANDS:
-            name = f"genkl {words[0]}"
+        command, _ = _command(words)
+        if command:
+            name = f"genkl {command}"
         with warnings.catch_warnings(), _terminated_like_interrupted():
             warnings.showwarning = _warn_in_one_line(name)
             status = _run(words)
@@ -74,34 +83,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = _describe(error)
-        _say(f"{name}: {text.removeprefix(name.removeprefix('genkl ') + ': ')}")
+        function = name.split()[-1].replace("-", "_")
+        _say(f"{name}: {text.removeprefix(function + ': ')}")
         return 1
 
 
 def _run(words: list[str]) -> int:
-    if not words:
-        raise UsageError(f"a command is needed: {', '.join(COMMANDS)}")
-    word, *rest = words
-    if word in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        lines = (f"  {name:{width}}   {text}" for name, text in COMMANDS.items())
-        print(_HELP.format(commands="\n".join(lines)), end="")
-        return 0
-    if word == "--version":
-        from .. import __version__
+    command, rest = _command(words)
+    known = [name for name in COMMANDS if not command or f"{name} ".startswith(f"{command} ")]
+    if command not in COMMANDS:
+        if not rest:
+            raise UsageError(f"a command is needed: {', '.join(known)}")
+        if rest[0] in ("-h", "--help"):
+            print(_help(command, known), end="")
+            return 0
+        if rest[0] == "--version":
+            from .. import __version__
 
-        print(f"genkl {__version__}")
-        return 0
-    if word not in COMMANDS:
-        raise UsageError(_unknown(word))
+            print(f"genkl {__version__}")
+            return 0
+        raise UsageError(_unknown(f"{command} {rest[0]}".strip(), known))
     from .parser import parse
 
-    function_name = word.replace("-", "_")
-    function = getattr(import_module(f".{function_name}", __package__), function_name)
-    values = parse(function, f"genkl {word}", rest)
+    names = command.replace("-", "_").split()
+    function = getattr(import_module(f".{names[0]}", __package__), names[-1])
+    values = parse(function, f"genkl {command}", rest)
     if values is None:  # --help and the like have been answered
         return 0
     return function(**values) or 0
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """The command, or the group, or "", that the words begin with, and the words after it."""
+    for count in (2, 1):
+        start = " ".join(words[:count])
+        if start in COMMANDS or any(name.startswith(f"{start} ") for name in COMMANDS):
+            return start, words[count:]
+    return "", words
+
+
+def _help(group: str, commands: list[str]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}   {COMMANDS[name]}" for name in commands]
+    example = _EXAMPLES[group]
+    return _HELP.format(group=f"{group} ".lstrip(), commands="\n".join(lines), example=example)
 
 
 @contextmanager
@@ -122,11 +147,11 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _unknown(word: str) -> str:
+def _unknown(word: str, known: list[str]) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(word, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    near = get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"no command {word!r}; {hint}"
 
 

@@ -1,7 +1,7 @@
 """``genkl demo``: the whole GenKL loop on 1,797 scanned digits, on any machine, in minutes.
 
     digits.py    writes the digits as JPEG files in the folder layout of Clothing1M
-    layout.py    reads that layout: keys, labels, decoded images
+    layout.py    a split in memory: keys, labels, decoded images
     training.py  the network; plain training, training with the objective, fine-tuning, prediction
     workers.py   trainings side by side, one thread each
     loop.py      the algorithm, with baselines beside it

@@ -4,6 +4,7 @@
     ROOT/images/noisy_label_kv.txt      "key label", the labels of the crawl
     ROOT/images/clean_label_kv.txt      the same, verified
     ROOT/images/noisy_train_key_list.txt, clean_train_, clean_val_, clean_test_key_list.txt
+    ROOT/images/category_names_eng.txt  the classes, "0" to "7"
     ROOT/NC_instances.txt               which noisy images fit no class, keys without "images/"
     ROOT/true_digit_kv.txt              "key digit" of every image, 0 to 9
 
@@ -13,9 +14,6 @@ The last two are the truth behind the crawl, for judging only; nothing that trai
 from __future__ import annotations
 
 import io
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +21,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ..data.examples import clothing1m_keys, write_clothing1m
+from ..data.manifest import SPLITS
+from ..files import atomic_folder
+
 CLASSES = 8  # digits 0 to 7; 8 and 9 are the non-conforming images
 PIXELS = 32
-SPLITS = ("noisy_train", "clean_train", "clean_val", "clean_test")
 FLIPPED = 0.25  # share of the conforming noisy images that get another class as label
 LOOKALIKE = (6, 4, 7, 5, 1, 3, 0, 2)  # 0 and 6, 1 and 4, 2 and 7, 3 and 5
 Flips = Literal["lookalike", "random"]
@@ -50,7 +51,7 @@ def write(root: Path, seed: int, flips: Flips = "lookalike") -> None:
     rng = np.random.default_rng(seed)
     digits = load_digits()
     digit = digits.target.astype(int)
-    keys = _keys(len(digit), rng)
+    keys = clothing1m_keys(len(digit), rng)
 
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for c in range(CLASSES):
@@ -58,8 +59,8 @@ def write(root: Path, seed: int, flips: Flips = "lookalike") -> None:
         for name, count in zip(SPLITS[1:], (CLEAN_TRAIN[c], CLEAN_VAL, CLEAN_TEST), strict=True):
             splits[name] += rows[:count]
             del rows[:count]
-        splits["noisy_train"] += rows
-    conforming = np.array(splits["noisy_train"])
+        splits["train"] += rows
+    conforming = np.array(splits["train"])
     nonconforming = np.flatnonzero(digit >= CLASSES)
 
     given = digit.copy()
@@ -69,38 +70,22 @@ def write(root: Path, seed: int, flips: Flips = "lookalike") -> None:
     else:
         given[flipped] = (digit[flipped] + rng.integers(1, CLASSES, len(flipped))) % CLASSES
     given[nonconforming] = rng.integers(0, CLASSES, len(nonconforming))
-    splits["noisy_train"] += nonconforming.tolist()
+    splits["train"] += nonconforming.tolist()
 
-    made = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        images = made / "images"
-        for key, pixels in zip(keys, digits.images, strict=True):
-            path = made / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_jpeg(pixels))
-        for name, members in splits.items():
-            shuffled = rng.permutation(members)
-            _write_lines(images / f"{name}_key_list.txt", [keys[i] for i in shuffled])
-        noisy, *verified = splits.values()
-        clean = [i for members in verified for i in members]
-        _write_lines(images / "noisy_label_kv.txt", [f"{keys[i]} {given[i]}" for i in noisy])
-        _write_lines(images / "clean_label_kv.txt", [f"{keys[i]} {digit[i]}" for i in clean])
-        listed = [keys[i].removeprefix("images/") for i in nonconforming]
-        _write_lines(made / "NC_instances.txt", listed)
-        pairs = [f"{k} {d}" for k, d in zip(keys, digit, strict=True)]
-        _write_lines(made / "true_digit_kv.txt", pairs)
-        made.chmod(0o755)  # mkdtemp makes private folders
-        os.replace(made, root)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-
-
-def _keys(count: int, rng: np.random.Generator) -> list[str]:
-    """Distinct keys as Clothing1M writes them: images/A/BB/X,Y.jpg with Y ending in ABB."""
-    x = rng.integers(10**8, 10**10, count)
-    y = rng.choice(10**7, count, replace=False) + 10**9
-    return [f"images/{b // 100 % 10}/{b % 100:02d}/{a},{b}.jpg" for a, b in zip(x, y, strict=True)]
+    lists = {name: [keys[i] for i in rng.permutation(rows)] for name, rows in splits.items()}
+    noisy, *verified = splits.values()
+    with atomic_folder(root) as made:
+        write_clothing1m(
+            made,
+            {key: _jpeg(pixels) for key, pixels in zip(keys, digits.images, strict=True)},
+            lists,
+            noisy_labels={keys[i]: given[i] for i in noisy},
+            clean_labels={keys[i]: digit[i] for rows in verified for i in rows},
+            class_names=[str(c) for c in range(CLASSES)],
+            nonconforming=[keys[i] for i in nonconforming],
+        )
+        pairs = [f"{key} {d}\n" for key, d in zip(keys, digit, strict=True)]
+        (made / "true_digit_kv.txt").write_text("".join(pairs))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
@@ -109,7 +94,3 @@ def _jpeg(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))

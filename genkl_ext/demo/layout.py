@@ -1,4 +1,4 @@
-"""Reads the Clothing1M folder layout into memory: keys, labels and decoded images of a split."""
+"""Reads a split of a manifest into memory: keys, labels and decoded images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from ..data import Manifest
 
 _SHRINK = 2  # 32 x 32 files are trained on at 16 x 16
 
@@ -32,23 +34,17 @@ class Split:
         )
 
 
-def read_split(root: Path, name: str) -> Split:
-    """The split ``noisy_train``, ``clean_train``, ``clean_val`` or ``clean_test``.
-
-    Args:
-        root: the folder that holds ``images/``, with the list files inside it.
-        name: the split.
+def read_split(manifest: Manifest, name: str) -> Split:
+    """A split of a manifest, its images decoded.
 
     Raises:
-        KeyError: a listed key has no label. OSError: a file is missing or no image.
+        OSError: a file is missing or no image.
     """
-    lists = root / "images"
-    keys = (lists / f"{name}_key_list.txt").read_text().split()
-    label_of = read_pairs(lists / f"{name.split('_')[0]}_label_kv.txt")
+    split = manifest.split(name)
     return Split(
-        keys=keys,
-        labels=np.array([label_of[key] for key in keys], dtype=np.int64),
-        images=np.stack([_decode(root / key) for key in keys]),
+        keys=split.keys(),
+        labels=split.labels.astype(np.int64),
+        images=np.stack([_decode(path) for path in split.paths()]),
     )
 
 
@@ -58,6 +54,6 @@ def read_pairs(path: Path) -> dict[str, int]:
     return {key: int(label) for key, label in pairs}
 
 
-def _decode(path: Path) -> NDArray[np.uint8]:
+def _decode(path: str) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert("L").reduce(_SHRINK))[None]

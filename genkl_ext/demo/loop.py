@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data import Manifest
+from ..data.manifest import SPLITS
 from ..relabel import Targets, class_ratio
 from ..rule import GenKL, Scores
 from ..scoring import score_files
@@ -27,7 +29,7 @@ Predictions = NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The four splits, in the order of ``digits.SPLITS``."""
+    """The four splits, in the order of a manifest's."""
 
     noisy: Split
     clean: Split
@@ -92,7 +94,8 @@ def run(
     recipe = {"seeds": seeds, "flips": flips, "training": dataclasses.asdict(settings)}
     folder.prepare(out, recipe)
     digits.write(out / "data", seeds[0], flips)
-    data = Data(*(read_split(out / "data", name) for name in digits.SPLITS))
+    manifest = Manifest.from_clothing1m(out / "data")
+    data = Data(*(read_split(manifest, name) for name in SPLITS))
     noisy, clean, validation, k = data.noisy, data.clean, data.validation, digits.CLASSES
     report(
         f"wrote {len(noisy):,} noisy, {len(clean)} clean, {len(validation)} validation "

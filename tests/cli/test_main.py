@@ -11,6 +11,9 @@ from genkl_ext.cli import UsageError
 from genkl_ext.cli import main as main_module
 from genkl_ext.cli.main import COMMANDS, main
 
+ALL = ", ".join(COMMANDS)
+OF_DATA = "data info, data make-example"
+
 
 def genkl(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -28,7 +31,18 @@ def test_help_lists_the_commands(word: str) -> None:
     assert done.returncode == 0 and done.stderr == ""
     for name, text in COMMANDS.items():
         assert f"  {name} " in done.stdout and text in done.stdout
+    assert done.stdout.startswith("usage: genkl COMMAND ")
     assert "\nexample:\n  genkl score " in done.stdout
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_of_a_group_lists_its_commands(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", word]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: genkl data COMMAND ") and err == ""
+    for name, text in COMMANDS.items():
+        assert (f"  {name} " in out and text in out) == name.startswith("data ")
+    assert "\nexample:\n  genkl data info " in out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -50,11 +64,18 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "genkl: a command is needed: demo, info, score, bench (see genkl --help)\n"),
+        ([], f"genkl: a command is needed: {ALL} (see genkl --help)\n"),
         (["scoer"], "genkl: no command 'scoer'; did you mean score? (see genkl --help)\n"),
+        (["--x"], f"genkl: no command '--x'; there are {ALL} (see genkl --help)\n"),
+        (["data"], f"genkl data: a command is needed: {OF_DATA} (see genkl data --help)\n"),
         (
-            ["--x"],
-            "genkl: no command '--x'; there are demo, info, score, bench (see genkl --help)\n",
+            ["data", "make-exmple"],
+            "genkl data: no command 'data make-exmple'; did you mean data make-example? "
+            "(see genkl data --help)\n",
+        ),
+        (
+            ["data", "--x"],
+            f"genkl data: no command 'data --x'; there are {OF_DATA} (see genkl data --help)\n",
         ),
     ],
 )
@@ -67,7 +88,7 @@ def test_wrong_command(words: list[str], line: str) -> None:
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: genkl {command} ") and err == ""
     _, _, example = out.lower().partition("example:")
@@ -79,7 +100,7 @@ def test_every_command_has_help_with_an_example(
 def test_every_command_rejects_unknown_options(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, "--no-such-option"]) == 2
+    assert main([*command.split(), "--no-such-option"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"genkl {command}: ") and err.endswith(f"(see genkl {command} --help)\n")
@@ -202,4 +223,4 @@ def test_the_list_of_commands_is_the_folder() -> None:
     folder = Path(main_module.__file__).parent
     parts = {"__init__", "main", "parser", "progress"}
     files = {path.stem for path in folder.glob("*.py")} - parts
-    assert {name.replace("_", "-") for name in files} == set(COMMANDS)
+    assert {name.replace("_", "-") for name in files} == {name.split()[0] for name in COMMANDS}

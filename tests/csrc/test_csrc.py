@@ -69,6 +69,7 @@ def build() -> Path:
         "test_emulation_sanitized",
         "test_nc_score_cuda",
         "test_nc_score_cuda_sanitized --quick --seed 2",
+        "test_resample_sanitized",
     ],
 )
 def test_program(build: Path, command: str) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from genkl_ext.data import Manifest
+from genkl_ext.data.manifest import SPLITS
 from genkl_ext.demo import digits, layout, workers
 
 
@@ -25,4 +27,5 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def splits(digits_folder: Path) -> dict[str, layout.Split]:
-    return {name: layout.read_split(digits_folder, name) for name in digits.SPLITS}
+    manifest = Manifest.from_clothing1m(digits_folder)
+    return {name: layout.read_split(manifest, name) for name in SPLITS}

@@ -89,16 +89,16 @@ def test_predictions_are_those_of_the_members(out, splits, t):
     source = "iteration-0/trial-" if t else "iteration-0/members/"
     assert summary["members"] == [f"{source}{seed}/best.safetensors" for seed in SEEDS]
     for seed, member in zip(SEEDS, summary["members"], strict=True):
-        q = training.predict(load(out / member), splits["noisy_train"])
+        q = training.predict(load(out / member), splits["train"])
         saved = np.load(out / f"iteration-{t}" / "predictions" / f"{seed}.npy")
         np.testing.assert_allclose(q, saved, atol=1e-6)
 
 
 def test_what_each_kind_of_network_was_trained_on(out, splits):
-    clean, noisy = splits["clean_train"], splits["noisy_train"]
+    clean, noisy = splits["clean"], splits["train"]
     sources = {"iteration-0/members": clean, "plain": noisy, "plain-both": noisy + clean}
     for name, split in sources.items():
-        again = training.train_plain(split, 8, splits["clean_val"], QUICK, 1, lambda: None)
+        again = training.train_plain(split, 8, splits["val"], QUICK, 1, lambda: None)
         assert same_weights(again.last, out / name / "1" / "last.safetensors")
 
 
@@ -107,7 +107,7 @@ def test_trials_are_trained_on_the_relabelled_images_and_tuned_on_clean_ones(out
     place = out / f"iteration-{t}"
     rule = GenKL(**json.loads((place / "summary.json").read_text())["rule"])
     scores = rule.score([np.load(place / "predictions" / f"{seed}.npy") for seed in SEEDS])
-    noisy, clean, validation = (splits[n] for n in ("noisy_train", "clean_train", "clean_val"))
+    noisy, clean, validation = (splits[n] for n in ("train", "clean", "val"))
     targets = Targets.of(scores, noisy.labels, class_ratio(clean.labels, digits.CLASSES))
     trial = training.train_genkl(noisy, targets, clean, validation, QUICK, 1, lambda: None)
     tuned = training.fine_tune(trial, clean, validation, QUICK, 1, lambda: None)
@@ -122,7 +122,7 @@ def test_alpha_comes_from_the_validation_images(out, splits):
     for t in (0, 1):
         summary = json.loads((out / f"iteration-{t}" / "summary.json").read_text())
         members = [load(out / member) for member in summary["members"]]
-        q = [training.predict(member, splits["clean_val"]) for member in members]
+        q = [training.predict(member, splits["val"]) for member in members]
         critical = GenKL(**summary["rule"]).score(q).critical_alpha
         assert (critical >= summary["rule"]["alpha"] - 1e-4).sum() == 8  # 5 % of 160
 
@@ -164,7 +164,7 @@ def test_accuracies_are_those_of_the_saved_networks(out, splits):
         "GenKL iteration 1, fine-tuned": ("iteration-1/trial-{}", "finetune_"),
     }
     assert [row["name"] for row in summary["accuracy"]] == list(places)
-    test = splits["clean_test"]
+    test = splits["test"]
     for row in summary["accuracy"]:
         place, prefix = places[row["name"]]
         for kind in ("best", "last"):

@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 
 from genkl_ext.demo import digits, layout
 
+LISTS = {"train": "noisy_train", "clean": "clean_train", "val": "clean_val", "test": "clean_test"}
+
 
 @pytest.fixture(scope="module")
 def true_digit(digits_folder):
@@ -21,7 +23,7 @@ def keys_of(folder, name):
 
 
 def test_every_image_is_in_exactly_one_split(digits_folder, true_digit):
-    keys = [key for name in digits.SPLITS for key in keys_of(digits_folder, name)]
+    keys = [key for name in LISTS.values() for key in keys_of(digits_folder, name)]
     assert len(keys) == len(set(keys)) == len(load_digits().target) == 1797
     assert set(keys) == set(true_digit)
     files = {str(p.relative_to(digits_folder)) for p in digits_folder.rglob("*.jpg")}
@@ -98,7 +100,7 @@ def test_images_are_the_digits(digits_folder, true_digit, splits):
     # What is read back looks like the scan: its ink lies where the mean of its digit has ink.
     scans = load_digits()
     means = np.stack([scans.images[scans.target == c].mean(axis=0) for c in range(8)])
-    test = splits["clean_test"]
+    test = splits["test"]
     small = test.images.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
     distance = ((small[:, None] * 16 / 255 - means) ** 2).sum(axis=(2, 3))
     assert (distance.argmin(axis=1) == test.labels).mean() > 0.85
@@ -106,20 +108,20 @@ def test_images_are_the_digits(digits_folder, true_digit, splits):
 
 def test_reading_a_split(splits, digits_folder, true_digit):
     for name, split in splits.items():
-        assert split.keys == keys_of(digits_folder, name)
+        assert split.keys == keys_of(digits_folder, LISTS[name])
         assert split.images.shape == (len(split), 1, 16, 16)
         assert split.images.dtype == np.uint8
         assert split.labels.shape == (len(split),)
-    clean = splits["clean_train"]
+    clean = splits["clean"]
     assert clean.labels.tolist() == [true_digit[key] for key in clean.keys]
 
 
 def test_two_splits_together(splits):
-    both = splits["clean_train"] + splits["clean_val"]
-    n = len(splits["clean_train"])
-    assert both.keys == splits["clean_train"].keys + splits["clean_val"].keys
-    np.testing.assert_array_equal(both.images[n:], splits["clean_val"].images)
-    np.testing.assert_array_equal(both.labels[:n], splits["clean_train"].labels)
+    both = splits["clean"] + splits["val"]
+    n = len(splits["clean"])
+    assert both.keys == splits["clean"].keys + splits["val"].keys
+    np.testing.assert_array_equal(both.images[n:], splits["val"].images)
+    np.testing.assert_array_equal(both.labels[:n], splits["clean"].labels)
 
 
 def test_same_seed_same_bytes(digits_folder, tmp_path):

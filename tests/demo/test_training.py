@@ -25,7 +25,7 @@ def same_weights(a, b):
 
 @pytest.fixture(scope="module")
 def trained(splits):
-    return training.train_plain(splits["clean_train"], 8, splits["clean_val"], SETTINGS, 3, no_tick)
+    return training.train_plain(splits["clean"], 8, splits["val"], SETTINGS, 3, no_tick)
 
 
 def test_a_seed_fixes_the_first_weights_and_nothing_else():
@@ -39,7 +39,7 @@ def test_a_seed_fixes_the_first_weights_and_nothing_else():
 
 
 def test_predictions_are_softmax_rows_in_order(splits, trained):
-    split = splits["noisy_train"]
+    split = splits["train"]
     q = training.predict(trained.best, split)
     assert q.shape == (len(split), 8)
     assert q.dtype == np.float32
@@ -50,9 +50,7 @@ def test_predictions_are_softmax_rows_in_order(splits, trained):
 
 
 def test_training_learns_and_repeats_itself(splits, trained):
-    again = training.train_plain(
-        splits["clean_train"], 8, splits["clean_val"], SETTINGS, 3, no_tick
-    )
+    again = training.train_plain(splits["clean"], 8, splits["val"], SETTINGS, 3, no_tick)
     assert trained.history == again.history
     assert same_weights(trained.best, again.best)
     assert same_weights(trained.last, again.last)
@@ -63,7 +61,7 @@ def test_training_learns_and_repeats_itself(splits, trained):
 def test_the_best_check_is_kept(splits, trained):
     best = max(trained.history, key=lambda check: (check.accuracy, -check.loss))
     assert trained.best_check == best
-    validation = splits["clean_val"]
+    validation = splits["val"]
     q = training.predict(trained.best, validation)
     assert training.accuracy(q, validation.labels) == best.accuracy
     last = training.predict(trained.last, validation)
@@ -79,9 +77,7 @@ def test_the_best_weights_are_those_of_their_step(splits, monkeypatch):
         return next(scripted)
 
     monkeypatch.setattr(training, "_validate", validate)
-    trained = training.train_plain(
-        splits["clean_train"], 8, splits["clean_val"], SETTINGS, 0, no_tick
-    )
+    trained = training.train_plain(splits["clean"], 8, splits["val"], SETTINGS, 0, no_tick)
     assert trained.best_check.step == 20
     for network, expected in ((trained.best, weights[1]), (trained.last, weights[2])):
         found = network.state_dict()
@@ -98,9 +94,7 @@ def test_beats():
 
 def test_fine_tuning_keeps_the_start_unless_it_is_beaten(splits, trained):
     def tune(start):
-        return training.fine_tune(
-            start, splits["clean_train"], splits["clean_val"], SETTINGS, 0, no_tick
-        )
+        return training.fine_tune(start, splits["clean"], splits["val"], SETTINGS, 0, no_tick)
 
     before = {name: value.clone() for name, value in trained.best.state_dict().items()}
     perfect = dataclasses.replace(
@@ -121,7 +115,7 @@ def test_fine_tuning_keeps_the_start_unless_it_is_beaten(splits, trained):
 
 
 def test_training_with_the_objective(splits, monkeypatch):
-    noisy, clean = splits["noisy_train"], splits["clean_train"]
+    noisy, clean = splits["train"], splits["clean"]
     q = np.full((len(noisy), 8), 0.1 / 7, np.float32)
     q[np.arange(len(noisy)), noisy.labels] = 0.9
     q[::3] = 1 / 8
@@ -137,7 +131,7 @@ def test_training_with_the_objective(splits, monkeypatch):
         return original(self, logits, t, groups, mixup)
 
     monkeypatch.setattr(training.Objective, "__call__", spy)
-    training.train_genkl(noisy, targets, clean, splits["clean_val"], SETTINGS, 0, no_tick)
+    training.train_genkl(noisy, targets, clean, splits["val"], SETTINGS, 0, no_tick)
     assert len(batches) == SETTINGS.steps
     for logits, t, groups, mixup in batches:
         assert logits.shape == t.shape == (64, 8)  # one forward pass for all groups
@@ -160,7 +154,7 @@ def test_batches_visit_every_row_once_in_a_pass():
 
 
 def test_augmentation_is_light(splits):
-    images = training._pixels(splits["clean_test"], np.arange(200))
+    images = training._pixels(splits["test"], np.arange(200))
     assert images.min() >= 0
     assert images.max() <= 1
     moved = training._augment(images, np.random.default_rng(0))

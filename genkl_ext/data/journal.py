@@ -1,0 +1,96 @@
+"""``Journal``: the finished parts of a long job, kept where its death does not lose them.
+
+A file with one line per part, each with its checksum. Opened again by the same job, it gives the
+parts back up to the first line that is not whole; a journal of another job is begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Journal:
+    """An open journal; only one process at a time has it.
+
+    Args:
+        path: the file, made if it is not there.
+        about: what the parts depend on, as JSON knows it.
+
+    Attributes:
+        parts: those found in the file.
+        begun_anew: parts of another job were thrown away.
+
+    Raises:
+        OSError: the file cannot be opened, or another process has it.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            self._lock()
+            found, size = _read(path)
+            mine = bool(found) and found[0] == about
+            self.parts: list[Any] = found[1:] if mine else []
+            self.begun_anew = len(found) > 1 and not mine
+            os.ftruncate(self._file, size if mine else 0)
+            if not mine:
+                self.append(about)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def append(self, part: Any) -> None:
+        """Add a part, as JSON knows it. A killed process loses nothing; a machine that loses its
+        power may lose the last parts."""
+        line = _line(part)
+        if os.write(self._file, line) != len(line):
+            raise OSError(f"cannot write {self._path}: the disk is full")
+
+    def remove(self) -> None:
+        """Delete the file: the job is done."""
+        self._path.unlink()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{self._path} is in use by another process at work on it") from None
+        except OSError:
+            pass  # some network file systems have no locks
+
+
+def _line(part: Any) -> bytes:
+    text = json.dumps(part, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _read(path: Path) -> tuple[list[Any], int]:
+    """The parts in the whole lines at the beginning of a file, and the bytes of these lines."""
+    parts, size = [], 0
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        for line in file:
+            part = json.loads(line[9:])
+            if line != _line(part):
+                break
+            parts.append(part)
+            size += len(line)
+    return parts, size

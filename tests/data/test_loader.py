@@ -1,0 +1,348 @@
+"""``make_loader``: every row once, the oracle's pixels, the same batches whatever makes them."""
+
+import gc
+import json
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import drawing, encoded, jpeg, with_orientation, write_all
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from genkl_ext.data import ImageError, Manifest, Transforms, make_loader
+from genkl_ext.data.transforms import uniforms
+
+SMALL = Transforms(size=24, resize=32)
+RANDOM = Transforms(size=24, resize=32, crop="random", flip=0.5)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    """24 pictures of several sizes and kinds in two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    sizes = np.random.default_rng(0).integers(20, 130, (24, 2)).tolist()
+    files = {f"{i:02}.jpg": jpeg(h, w, i) for i, (h, w) in enumerate(sizes)}
+    files["03.jpg"] = encoded(drawing(50, 70, 3), "PNG")
+    files["07.jpg"] = with_orientation(drawing(50, 70, 7), 6)
+    files["11.jpg"] = encoded(drawing(40, 90, 11).convert("CMYK"))
+    files["15.jpg"] = encoded(drawing(40, 90, 15).convert("L"))
+    write_all(root, files)
+    return table(root, sorted(files))
+
+
+def table(root, names: list[str]) -> Manifest:
+    n = len(names)
+    columns = {
+        "key": names,
+        "path": names,
+        "given_label": pa.array([i % 2 if i % 5 else None for i in range(n)], pa.int32()),
+        "split": ["val" if i % 4 == 3 else "train" for i in range(n)],
+    }
+    return Manifest(pa.table(columns), ("even", "odd"), "test", str(root))
+
+
+def loader(manifest, transforms=SMALL, batch_size=5, split=None, **settings):
+    return make_loader(manifest, split, transforms, batch_size, device="cpu", **settings)
+
+
+def epoch(loader) -> tuple[np.ndarray, torch.Tensor]:
+    """Rows and images of one epoch."""
+    batches = list(loader)
+    rows = [batch["row"].numpy() for batch in batches]
+    return np.concatenate(rows), torch.cat([batch["image"] for batch in batches])
+
+
+def pixels(path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def test_a_batch(manifest):
+    batches = list(loader(manifest, split="train"))
+    rows = torch.cat([batch["row"] for batch in batches])
+    assert rows.tolist() == manifest.rows("train").tolist()
+    assert [len(batch["row"]) for batch in batches] == [5, 5, 5, 3]
+    for batch in batches:
+        assert batch.keys() == {"image", "row", "label"}
+        assert batch["image"].shape == (len(batch["row"]), 3, 24, 24)
+        assert batch["image"].dtype == torch.float32
+        assert batch["row"].dtype == batch["label"].dtype == torch.int64
+        assert batch["label"].tolist() == manifest.labels[batch["row"].numpy()].tolist()
+    assert -1 in torch.cat([batch["label"] for batch in batches])
+
+
+@pytest.mark.parametrize("name", ["clothing1m", "food101n", "webvision"])
+def test_eval_images_are_those_of_torchvision(manifest, name):
+    transforms = Transforms.preset(name, "eval")
+    rows, images = epoch(loader(manifest, transforms))
+    oracle = transforms.torchvision()
+    expected = torch.stack([oracle(pixels(path)) for path in manifest.paths(rows)])
+    # The uint8 pixels are equal; normalising rounds in another order.
+    torch.testing.assert_close(images, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["clothing1m", "food101n", "webvision"])
+def test_train_images_are_those_of_torchvision_with_the_same_random_numbers(manifest, name):
+    transforms = Transforms.preset(name, "train")
+    load = loader(manifest, transforms, shuffle=True, seed=4, dtype=torch.uint8)
+    rows, images = epoch(load)
+    flips = []
+    for row, image, draws in zip(rows, images, uniforms(4, 0, rows), strict=True):
+        x = pixels(manifest.path(row))
+        g = transforms.geometry(*x.shape[1:], draws)
+        if g.angle:
+            # The classic transforms rotate PIL images.
+            turned = F.rotate(Image.fromarray(x.permute(1, 2, 0).numpy()), g.angle)
+            x = F.pil_to_tensor(turned)
+        x = F.resize(x, list(g.resized), InterpolationMode.BILINEAR, antialias=True)
+        x = F.crop(x, *g.window)
+        x = F.resize(x, list(g.size), InterpolationMode.BILINEAR, antialias=True)
+        x = F.horizontal_flip(x) if g.flip else x
+        assert torch.equal(image, x), (row, g)
+        flips.append(g.flip)
+    assert 0 < sum(flips) < len(flips)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_and_layouts(manifest, dtype, channels_last):
+    _, raw = epoch(loader(manifest, dtype=torch.uint8))
+    assert raw.dtype == torch.uint8
+    _, images = epoch(loader(manifest, dtype=dtype, channels_last=channels_last))
+    assert images.dtype == dtype
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    one = next(iter(loader(manifest, dtype=dtype, channels_last=channels_last)))["image"]
+    assert one.is_contiguous(memory_format=layout)
+    scale, shift = (torch.from_numpy(x).view(3, 1, 1) for x in SMALL.affine())
+    torch.testing.assert_close(images, (raw * scale + shift).to(dtype), atol=0, rtol=0)
+
+
+@settings(max_examples=25)
+@given(
+    ranks=st.integers(1, 5),
+    batch_size=st.integers(2, 9),
+    shuffle=st.booleans(),
+    epochs=st.integers(1, 3),
+)
+def test_every_row_once_over_all_ranks(manifest, ranks, batch_size, shuffle, epochs):
+    loaders = [
+        loader(manifest, batch_size=batch_size, shuffle=shuffle, shard=(rank, ranks), threads=1)
+        for rank in range(ranks)
+    ]
+    for _ in range(epochs):
+        batches = [list(each) for each in loaders]
+        assert [len(of_rank) for of_rank in batches] == [len(loaders[0])] * ranks
+        rows = [row for of_rank in batches for batch in of_rank for row in batch["row"].tolist()]
+        assert sorted(rows) == list(range(len(manifest)))
+    for each in loaders:
+        each.close()
+
+
+def test_what_an_image_looks_like_depends_on_seed_epoch_and_row_alone(manifest):
+    def by_row(**settings):
+        load = loader(manifest, RANDOM, **settings)
+        load.set_epoch(2)
+        rows, images = epoch(load)
+        return images[np.argsort(rows)]
+
+    first = by_row(seed=1, batch_size=7, threads=1)
+    assert torch.equal(first, by_row(seed=1, batch_size=3, threads=4, shuffle=True, prefetch=5))
+    assert not torch.equal(first, by_row(seed=2))
+    load = loader(manifest, RANDOM, seed=1)
+    epochs = [epoch(load)[1] for _ in range(3)]
+    assert torch.equal(epochs[2], first)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert load.epoch == 2
+
+
+def test_an_epoch_goes_on_where_it_was_left(manifest):
+    make = lambda: loader(manifest, RANDOM, batch_size=4, shuffle=True, seed=3)  # noqa: E731
+    whole = make()
+    expected = [*whole, *whole]
+    interrupted = make()
+    for _ in interrupted:
+        pass
+    for number, _ in enumerate(interrupted):
+        if number == 1:
+            break
+    state = json.loads(json.dumps(interrupted.state_dict()))  # plain enough for any checkpoint
+    again = make()
+    again.load_state_dict(state)
+    rest = list(again)
+    assert len(rest) == len(whole) - 2
+    for batch, wanted in zip(rest, expected[len(whole) + 2 :], strict=True):
+        assert torch.equal(batch["row"], wanted["row"])
+        assert torch.equal(batch["image"], wanted["image"])
+    # The state at the end of an epoch is the start of the next one.
+    again.load_state_dict(whole.state_dict())
+    assert len(list(again)) == len(whole)
+    assert again.epoch == 2
+
+
+def test_a_state_of_another_loader_is_refused(manifest):
+    state = loader(manifest, seed=3).state_dict()
+    with pytest.raises(ValueError, match="seed must be that of this loader, 4, got 3"):
+        loader(manifest, seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="manifest must be"):
+        loader(manifest.split("val"), seed=3).load_state_dict(state)
+
+
+def test_batches_that_are_kept_are_never_written_again(manifest):
+    load = loader(manifest, RANDOM, batch_size=2)
+    kept = [(batch["image"], batch["image"].clone()) for _ in range(3) for batch in load]
+    parts = [images[:1] for images, _ in kept]
+    copies = [copy for _, copy in kept]
+    del kept
+    gc.collect()
+    list(load)
+    for part, copy in zip(parts, copies, strict=True):
+        assert torch.equal(part, copy[:1])
+
+
+def test_memory_is_used_again(manifest):
+    load = loader(manifest, batch_size=4, prefetch=1)
+    places = {batch["image"].data_ptr() for _ in range(5) for batch in load}
+    assert len(places) <= 3
+
+
+def test_fast_decoding_is_nearly_exact(tmp_path):
+    """Large pictures are decoded smaller; PNG files as always."""
+    drawn = drawing(50, 70).resize((700, 500))
+    files = {
+        "a.jpg": encoded(drawn, quality=90),
+        "b.jpg": encoded(drawn.resize((60, 43)), quality=90),
+        "c.jpg": encoded(drawn.convert("CMYK"), quality=90),
+        "d.jpg": encoded(drawn, "PNG"),
+        "e.jpg": with_orientation(drawn, 6),
+    }
+    write_all(tmp_path, files)
+    pictures = table(tmp_path, sorted(files))
+    for transforms in (SMALL, RANDOM, Transforms(size=24, resize=60, crop="random", rotation=20)):
+        _, exact = epoch(loader(pictures, transforms, dtype=torch.uint8))
+        _, fast = epoch(loader(pictures, transforms, dtype=torch.uint8, fast=True))
+        gaps = (exact.float() - fast.float()).abs().mean((1, 2, 3)).tolist()
+        assert 0 < gaps[0] < 8
+        assert 0 < gaps[1] < 2
+        assert 0 < gaps[2] < 2
+        assert gaps[3] == 0
+
+
+def test_fast_decoding_finds_broken_files(broken):
+    with pytest.warns(UserWarning, match="4 images"):
+        rows, _ = epoch(loader(broken, Transforms(size=8, resize=8), on_error="skip", fast=True))
+    assert sorted(set(range(12)) - set(rows.tolist())) == sorted(BROKEN)
+
+
+@pytest.fixture
+def broken(tmp_path) -> Manifest:
+    """Twelve pictures, of which four are broken."""
+    files = {f"{i:02}.jpg": jpeg(40, 50, i) for i in range(12)}
+    files["02.jpg"] = files["02.jpg"][:400]
+    files["05.jpg"] = b"<html>"
+    files["06.jpg"] = b""
+    write_all(tmp_path, files)
+    (tmp_path / "09.jpg").unlink()
+    return table(tmp_path, sorted(files))
+
+
+BROKEN = {2: "truncated", 5: "not an image", 6: "empty", 9: "missing"}
+
+
+def test_raise_names_the_image(broken):
+    load = loader(broken, batch_size=2)
+    seen = []
+    with pytest.raises(
+        ImageError, match=r"row 2, .*02\.jpg: truncated .*on_error='skip'"
+    ) as caught:
+        for batch in load:
+            seen += batch["row"].tolist()
+    assert seen == [0, 1]
+    assert (caught.value.failure.row, caught.value.failure.key) == (2, "02.jpg")
+
+
+def test_skip_leaves_images_out_and_lists_them(broken):
+    load = loader(broken, batch_size=4, on_error="skip")
+    with pytest.warns(UserWarning, match="4 images could not be used .*first row 2, "):
+        rows, images = epoch(load)
+    assert rows.tolist() == [row for row in range(12) if row not in BROKEN]
+    assert {failure.row: failure.reason for failure in load.failures} == BROKEN
+    for row, image in zip(rows, images, strict=True):
+        alone = epoch(loader(broken.select([row])))[1]
+        assert torch.equal(image, alone[0])
+    # Said once.
+    assert len(list(load)) == 3
+    assert len(load.failures) == 4
+
+
+def test_skip_passes_over_a_batch_without_images(broken):
+    load = loader(broken.select([5, 6, 0]), batch_size=2, on_error="skip")
+    with pytest.warns(UserWarning, match="2 images"):
+        assert [batch["row"].tolist() for batch in load] == [[2]]
+
+
+def test_report_keeps_every_row_in_its_place(broken):
+    load = loader(broken, batch_size=5, on_error="report")
+    batches = list(load)
+    assert torch.cat([batch["row"] for batch in batches]).tolist() == list(range(12))
+    ok = torch.cat([batch["ok"] for batch in batches])
+    assert ok.tolist() == [row not in BROKEN for row in range(12)]
+    images = torch.cat([batch["image"] for batch in batches])
+    assert (images[~ok] == 0).all()
+    assert (images[ok].abs().amax((1, 2, 3)) > 0).all()
+    assert {failure.row: failure.reason for failure in load.failures} == BROKEN
+
+
+def test_a_file_that_breaks_between_epochs_costs_itself_only(broken, tmp_path):
+    load = loader(broken.select([0, 1, 3, 4]), batch_size=2, on_error="skip")
+    assert len(epoch(load)[0]) == 4
+    (tmp_path / "03.jpg").write_bytes(b"overwritten")
+    with pytest.warns(UserWarning, match="1 images"):
+        assert epoch(load)[0].tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_error": "ignore"}, "on_error must be one of .*, got 'ignore'"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
+        ({"shard": (2, 2)}, r"shard must be .*, got \(2, 2\)"),
+        ({"split": "dev"}, "split must be one of train, clean, val, test, got 'dev'"),
+        ({"batch_size": 1, "shard": (0, 5)}, "24 images in batches of 1 cannot be shared by 5"),
+    ],
+)
+def test_bad_settings_are_named(manifest, settings, message):
+    with pytest.raises(ValueError, match=message):
+        loader(manifest, **settings)
+
+
+def test_a_dtype_that_no_network_takes(manifest):
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch\.int8"):
+        loader(manifest, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x"])
+def test_unknown_devices_are_named(manifest, device):
+    with pytest.raises(ValueError, match=f"device must be .*, got '{device}'"):
+        make_loader(manifest, None, SMALL, 4, device=device)
+
+
+def test_an_empty_split(manifest):
+    load = loader(manifest, split="clean")
+    assert len(load) == 0
+    assert list(load) == []
+
+
+def test_leaving_a_loop_ends_its_threads(manifest):
+    before = set(threading.enumerate())
+    for _ in loader(manifest, batch_size=1, threads=3, prefetch=4):
+        assert set(threading.enumerate()) > before
+        break
+    gc.collect()
+    assert set(threading.enumerate()) <= before
