@@ -211,7 +211,43 @@ def _command_page(result: Result) -> str:
     return _table(header, lines)
 
 
+def _loading_page(result: Result) -> str:
+    workers = sorted({c["workers"] for c in result["cells"]})
+    note = "Grey levels: distance from torchvision's pixels, 0 to 255.\n"
+    parts = [f"## {n} processor{'s' if n > 1 else ''}\n\n{_loading(result, n)}" for n in workers]
+    return note + "\n" + "\n".join(parts)
+
+
+def _loading(result: Result, workers: int) -> str:
+    cells = [c for c in result["cells"] if c["workers"] == workers]
+    ours = next(c["images_per_second"] for c in cells if c["candidate"] == "genkl_ext")
+    header = ["candidate", "img/s", "per core", "genkl_ext is faster by", "mean", "max grey levels"]
+    lines = [
+        [
+            c["candidate"],
+            f"{c['images_per_second']:,.0f}",
+            f"{c['images_per_second'] / workers:,.0f}",
+            _n(ours / c["images_per_second"]),
+            c.get("mean_levels", "-"),
+            c.get("max_levels", "-"),
+        ]
+        for c in cells
+    ]
+    return _table(header, lines)
+
+
 # ---- blocks of the README ------------------------------------------------------------------------
+
+
+def _loading_block(result: Result) -> str:
+    """With all processors, without what stops at the pixels."""
+    every = max(c["workers"] for c in result["cells"])
+    made = [c for c in result["cells"] if not c["candidate"].startswith("decode only")]
+    title = (
+        f"JPEG files to normalised 224 x 224 tensors, {every} processors, "
+        f"{result['settings']['images']} images. {_machine(result)}\n\n"
+    )
+    return title + _loading({**result, "cells": made}, every)
 
 
 def _scoring_block(result: Result) -> str:
@@ -258,11 +294,13 @@ def _command_block(result: Result) -> str:
 
 _PAGES = {
     "ceilings": _ceilings_page,
+    "loading": _loading_page,
     "score_command": _command_page,
     "scoring": _scoring_page,
     "scoring_cuda": _scoring_cuda_page,
 }
 _BLOCKS = {
+    "loading": _loading_block,
     "scoring": _scoring_block,
     "scoring_cuda": _scoring_cuda_block,
     "score_command": _command_block,

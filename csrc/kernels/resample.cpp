@@ -29,7 +29,7 @@ inline uint16_t to_bfloat(float x) {
 inline uint16_t to_half(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 2^16 on
   uint32_t half;
   if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, counted by 1/2 + x
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;

@@ -50,11 +50,13 @@ struct Resampling {
   Span columns;
   bool flip;  // left to right
 
-  void* out;           // planar [3, rows, columns], or interleaved [rows, columns, 3]
-  PixelKind kind;      // of an entry: v as it is, or v * scale + shift, rounded after either step
-  bool interleaved;    // and to nearest even in 16 bits
+  void* out;  // planar [3, rows, columns], or interleaved [rows, columns, 3]
+  bool interleaved;
   int64_t row_stride;  // bytes
   int64_t plane_stride;
+  // kUint8: v as it is; else v * scale + shift in float32, rounded after each step, and for 16 bits
+  // once more, to nearest even.
+  PixelKind kind;
   float scale[3];
   float shift[3];
 };

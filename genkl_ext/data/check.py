@@ -32,8 +32,10 @@ from .decode import (
 )
 
 # Encoders write some ten scans. A file can hold millions, each of which costs a pass over all
-# coefficients: seconds of work in a kilobyte.
+# coefficients: hours of work in a megabyte. The largest pictures get the fewest, and take seconds.
 MAX_SCANS = 100
+_LARGE_MAX_SCANS = 20
+_MAX_SCANNED_PIXELS = 400_000_000
 
 _SEQUENTIAL = (0xC0, 0xC1)
 _PROGRESSIVE = 0xC2
@@ -91,8 +93,10 @@ def _verify_jpeg(data: bytes, header: JpegHeader) -> bool:
     if not header.complete:
         raise BrokenImage("truncated", "the end of the picture is missing")
     scans = 1 if _in_one_scan(data, header) else data.count(b"\xff\xda", header.scan)
-    if scans > MAX_SCANS:
-        raise BrokenImage("corrupt", f"{scans:,} scans, more than {MAX_SCANS}")
+    most = min(MAX_SCANS, _MAX_SCANNED_PIXELS // (header.height * header.width))
+    most = max(most, _LARGE_MAX_SCANS)
+    if scans > most:
+        raise BrokenImage("corrupt", f"{scans:,} scans, more than {most}")
     complaint = verify_jpeg(data)
     if complaint is not None:
         complaint = verify_jpeg(_bare(data, header))

@@ -248,7 +248,7 @@ def make_loader(
     channels_last: bool = False,
     pin_memory: bool = False,
     threads: int | None = None,
-    prefetch: int = 2,
+    prefetch: int = 3,
     fast: bool = False,
     limits: Limits = Limits(),
 ) -> Loader:
@@ -306,9 +306,8 @@ def make_loader(
     if ledger is not None and on_error != "report":
         from .ledger import Ledger
 
-        if not isinstance(ledger, Ledger):
-            ledger = Ledger.load(ledger)
-        rows = np.setdiff1d(rows, ledger.rows_in(manifest), assume_unique=True)
+        known = ledger if isinstance(ledger, Ledger) else Ledger.load(ledger)
+        rows = np.setdiff1d(rows, known.rows_in(manifest), assume_unique=True)
     output = Output(_DTYPES[dtype], channels_last, pin_memory)
     device_id = _device_id(device)
 
@@ -317,7 +316,9 @@ def make_loader(
             return CpuEngine(transforms, output, limits, threads, fast)
         from .dali import DaliEngine
 
-        return DaliEngine(transforms, output, limits, threads, batch_size, device_id)
+        return DaliEngine(
+            transforms, output, limits, threads, batch_size, device_id, max(1, prefetch - 1)
+        )
 
     return Loader(
         manifest,

@@ -17,6 +17,9 @@ from genkl_ext.data.transforms import uniforms
 
 dali = pytest.importorskip("genkl_ext.data.dali", reason="nvidia-dali is not installed")
 
+# A batch made again hides what went wrong with it.
+pytestmark = pytest.mark.filterwarnings("error:DALI failed")
+
 LIMITS = Limits(max_pixels=4_000_000)
 UINT8 = Output("uint8", False)
 SMALL = Transforms(size=24, resize=32, crop="random", flip=0.5)
@@ -61,7 +64,7 @@ def assert_alike(made, wanted, device, rotated=False, most=12):
     means = apart.mean((1, 2, 3))
     assert means.max() <= (0.35 if device == "cpu" else 1.5), means
     if rotated or device == "cuda":
-        assert (apart > 4).float().mean() <= 0.005
+        assert (apart > 4).float().mean() <= (0.0005 if device == "cpu" else 0.005)
     else:
         assert apart.max() <= most
 
@@ -147,6 +150,18 @@ def test_other_formats_and_orientations(tmp_path, device):
         assert_alike(made, wanted, device, transforms.rotation > 0)
 
 
+def test_a_picture_that_dali_turns_is_decoded_whole():
+    where = SMALL.geometry(300, 200, np.full(42, 0.5))
+    upright, turned = (dali.Sample(None, where, flag) for flag in (True, False))
+    inputs = dali.numbers([upright, turned], rotation=False)
+    (top, left), zero = inputs["start"].tolist()
+    assert top > 0
+    assert zero == [0, 0]
+    assert inputs["shape"][1].tolist() == [300, 200]
+    shift = inputs["roi_start"][1] - inputs["roi_start"][0]
+    np.testing.assert_allclose(shift, [top, left], atol=1e-4)
+
+
 @pytest.fixture
 def broken(tmp_path):
     """One file of every kind that cannot be used."""
@@ -176,7 +191,8 @@ def mixed(good, bad):
     return [path for pair in zip(good, bad, strict=False) for path in pair] + good[len(bad) :]
 
 
-def test_broken_files_among_others(odd, broken, device):
+def test_broken_files_among_others(odd, broken, device, monkeypatch):
+    monkeypatch.delattr(dali.DaliEngine, "_make_again")  # DALI is not to meet any of these
     job = job_of(mixed(odd, broken))
     (made,) = made_by(engine_on(device, SMALL, batch_size=32), job)
     (wanted,) = exact(SMALL, job)

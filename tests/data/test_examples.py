@@ -65,6 +65,11 @@ def test_truth_is_a_table_for_judging(made: dict[str, Path], layout: str) -> Non
         assert (shown == row["label"]) == right
 
 
+def test_each_class_has_a_rightful_noisy_image(tmp_path: Path) -> None:
+    examples.make("folder", tmp_path / "a", count=20, classes=20)
+    assert {row["kind"] for row in truth(tmp_path / "a").values()} == {"right"}
+
+
 def test_the_order_gives_nothing_away(made: dict[str, Path]) -> None:
     for layout in ("clothing1m", "webvision"):
         train = layouts.read(made[layout]).split("train")

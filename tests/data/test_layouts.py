@@ -454,6 +454,15 @@ def test_table_of_numbers_and_other_names(tmp_path: Path) -> None:
     assert named.num_classes == 4
 
 
+def test_table_of_numbers_as_pandas_keeps_them(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.parquet", {"path": ["a", "b", "c"], "label": [10.0, None, 2]})
+    manifest = Manifest.from_table(path)
+    assert manifest.labels.tolist() == [10, -1, 2] and manifest.num_classes == 11
+    write_table(path, {"path": ["a"], "label": [0.5]})
+    with pytest.raises(ValueError, match=r"^from_table: .*t\.parquet: Float value 0\.5"):
+        Manifest.from_table(path)
+
+
 def test_table_at_a_url(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.csv", {"path": ["a.jpg"], "label": [0]})
     manifest = Manifest.from_table(f"file://{path}")

@@ -190,6 +190,8 @@ def test_fingerprint_is_of_the_content() -> None:
     assert Manifest(chunks, NAMES, "mine", "").fingerprint == whole
     assert make().select(range(6)).fingerprint == whole
     assert make(ROWS[1:] + ROWS[:1]).select([5, 0, 1, 2, 3, 4]).fingerprint == whole
+    part = Manifest(manifest.table.slice(2, 3), NAMES, "mine", "/data")
+    assert part.fingerprint == manifest.select([2, 3, 4]).fingerprint
     other_coding = manifest.table.set_column(
         3, "split", manifest.table["split"].cast(pa.string()).dictionary_encode()
     )

@@ -101,6 +101,8 @@ def _read_file(path: str, texts: Sequence[str]) -> pa.Table:
 
 def _labels(given: Column, class_names: Sequence[str] | None) -> tuple[Column, Sequence[str]]:
     """Class numbers and class names, from a column of either."""
+    if pa.types.is_floating(given.type):  # as pandas keeps whole numbers beside missing ones
+        given = given.cast(pa.int64())
     if pa.types.is_integer(given.type) or pa.types.is_null(given.type):
         largest = pc.max(given).as_py()
         numbers = range(0 if largest is None else largest + 1)
