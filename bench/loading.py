@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder of JPEG files; by default drawn ones")
     parser.add_argument("--count", type=int, default=4096, help="files to use (default: 4096)")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all processors")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="candidates with it in the name")
     options = parser.parse_args(arguments)
     count = BATCH + 1 if options.quick else options.count
     cores = len(os.sched_getaffinity(0))
@@ -264,7 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = photographs(options.images, count, Path(temporary))
         oracle = [pil_load(path, finish_v2()) for path in paths[:BATCH]]
         for workers in options.threads or sorted({1, cores}):
-            todo = candidates(paths, workers)
+            todo = {
+                name: begin
+                for name, begin in candidates(paths, workers).items()
+                if not options.only or any(word in name for word in options.only)
+            }
             times = take_turns(
                 {name: functools.partial(run_epoch, begin) for name, begin in todo.items()},
                 seconds=0.0,
@@ -290,9 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "quick": options.quick,
         "missing": [name for name in ("cv2", "torchcodec") if not find_spec(name)],
     }
-    record.write(
-        "loading", settings, cells, options.out or (None if options.quick else record.RESULTS)
-    )
+    partial = options.quick or options.only
+    record.write("loading", settings, cells, options.out or (None if partial else record.RESULTS))
 
 
 if __name__ == "__main__":

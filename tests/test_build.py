@@ -1,5 +1,6 @@
 """What the build promises: one list of sources, layers that know only those below, honest facts."""
 
+import itertools
 import json
 import platform
 import re
@@ -21,6 +22,7 @@ OPERATORS_CUDA = PACKAGE / "libgenkl_ops_cuda.so"
 SIMD_LEVELS = (
     ["avx512", "avx2", "portable"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 )
+KERNELS = {"nc_score.cpp": "kNcKernel", "resample.cpp": "kResampleKernel"}  # source -> its table
 
 
 def run_python(code: str) -> str:
@@ -109,8 +111,8 @@ def test_each_instruction_set_keeps_to_itself() -> None:
     build = ROOT / "build" / str(sysconfig.get_config_var("SOABI"))
     if PACKAGE != ROOT / "genkl_ext":
         pytest.skip("genkl_ext is installed from a wheel, its object files are elsewhere")
-    for level in SIMD_LEVELS:
-        (compiled,) = (build / "CMakeFiles" / f"kernels_{level}.dir").rglob("nc_score.cpp.o")
+    for level, (source, kernel) in itertools.product(SIMD_LEVELS, KERNELS.items()):
+        (compiled,) = (build / "CMakeFiles" / f"kernels_{level}.dir").rglob(f"{source}.o")
         symbols = subprocess.run(
             ["nm", "--demangle", "--defined-only", "--extern-only", compiled],
             capture_output=True,
@@ -118,7 +120,7 @@ def test_each_instruction_set_keeps_to_itself() -> None:
             check=True,
         ).stdout
         names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
-        assert names == [f"genkl::kNcKernel{level.capitalize()}"]
+        assert names == [f"genkl::{kernel}{level.capitalize()}"]
 
 
 def test_no_path_of_the_building_machine_is_built_in() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ..data import Manifest
 
 _SHOWN = 10  # missing files that are named
 
@@ -14,6 +17,7 @@ def info(
     *,
     root: Path | None = None,
     check_files: bool = False,
+    ledger: Path | None = None,
     save: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -27,6 +31,7 @@ def info(
         source: folder, file or URL
         root: folder that holds the images of a table or manifest, if not where it says
         check_files: look whether every image is there; exit status 1 if one is not
+        ledger: what genkl scan wrote; its broken images are counted
         save: Parquet file to write the manifest to
         json: print one JSON object instead of tables
 
@@ -44,6 +49,8 @@ def info(
         facts["class_ratio"] = None
     if check_files:
         facts["missing_files"] = manifest.paths(manifest.missing_files())
+    if ledger is not None:
+        facts["broken"] = _broken(manifest, ledger)
     if save is not None:
         manifest.save(save)
     print(json_format.dumps(facts, indent=2) if json else _screen(facts))
@@ -84,6 +91,15 @@ def make_example(
     print(layouts.read(out))
 
 
+def _broken(manifest: Manifest, ledger: Path) -> dict[str, Any]:
+    """How many images of the manifest a ledger lists, and what it lists."""
+    from ..data import Ledger
+
+    known = Ledger.load(ledger)
+    rows = known.rows_in(manifest)
+    return {"images": len(rows), "scanned": known.scanned, "reasons": known.counts()}
+
+
 def _screen(facts: dict[str, Any]) -> str:
     splits = facts["splits"]
     sizes = (f"{split['images']:,} {name}" for name, split in splits.items())
@@ -102,6 +118,11 @@ def _screen(facts: dict[str, Any]) -> str:
         lines += [("", path) for path in missing[:_SHOWN]]
         if len(missing) > _SHOWN:
             lines.append(("", "..."))
+    if "broken" in facts:
+        broken = facts["broken"]
+        reasons = ", ".join(f"{count:,} {name}" for name, count in broken["reasons"].items())
+        lines.append(("broken", f"{broken['images']:,}"))
+        lines.append(("", f"the ledger has {reasons or 'none'}, of {broken['scanned']:,} scanned"))
     problems = [f"{problem['where']}: {problem['what']}" for problem in facts["problems"]]
     lines += zip(["odd"] + [""] * len(problems), problems or ["nothing"], strict=False)
     lines.append(("fingerprint", facts["fingerprint"]))

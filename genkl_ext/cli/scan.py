@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -80,8 +81,9 @@ def _manifest(source: Path, layout: str) -> Manifest:
 
 @contextmanager
 def _silent_decoders() -> Iterator[None]:
-    """Native decoders print about broken pictures; that is in the ledger. Python's own messages
-    still appear."""
+    """Decoders print and log about broken pictures; that is in the ledger. Other messages of
+    Python still appear."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     stderr = sys.stderr
     stderr.flush()
     with os.fdopen(os.dup(2), "w", encoding=stderr.encoding, errors="backslashreplace") as kept:

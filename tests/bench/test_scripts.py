@@ -119,6 +119,20 @@ def test_ceilings(tmp_path: Path) -> None:
         assert cell["unit"] == ("Gfma/s" if cell["candidate"] == "multiply-add" else "GB/s")
 
 
+def test_loading(tmp_path: Path) -> None:
+    choice = ["--threads", "2", "--only", "genkl_ext", "DALI", "torchvision, uint8", "decode only"]
+    run_script("loading", "--quick", *choice, "--out", str(tmp_path))
+    result = result_of("loading", tmp_path)
+    cells = {cell["candidate"]: cell for cell in result["cells"]}
+    assert {"genkl_ext", "DALI pipeline", "decode only, simplejpeg"} <= cells.keys()
+    for cell in cells.values():
+        assert_times(cell)
+        assert cell["images_per_second"] > 0
+    assert cells["genkl_ext"]["max_levels"] == cells["genkl_ext, uint8"]["max_levels"] == 0
+    assert cells["genkl_ext, fast"]["mean_levels"] < 3
+    assert 0 < cells["DALI pipeline"]["mean_levels"] < 3
+
+
 def test_a_quick_run_leaves_the_recorded_results_alone() -> None:
     before = {p: p.stat().st_mtime_ns for p in record.RESULTS.glob("*")}
     said = run_script("ceilings", "--quick")
@@ -131,6 +145,7 @@ def test_genkl_bench_finds_the_scripts() -> None:
         pytest.skip("genkl_ext is installed from a wheel, which has no benchmarks")
     assert find_scripts(FOLDER).keys() == {
         "ceilings",
+        "loading",
         "score_command",
         "scoring",
         "scoring_cuda",

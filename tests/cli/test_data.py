@@ -7,6 +7,7 @@ import pytest
 
 from genkl_ext.cli.main import main
 from genkl_ext.data import Manifest, examples
+from genkl_ext.data.scan import scan
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,23 @@ def test_info_checks_files_and_saves(tmp_path: Path, capsys: pytest.CaptureFixtu
     root.rename(tmp_path / "b")
     moved = run(capsys, "info", tmp_path / "m.parquet", "--root", tmp_path / "b", "--check-files")
     assert moved[0] == 1 and "missing files  12" in moved[1]
+
+
+def test_info_sums_up_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "a"
+    examples.make("folder", root, count=30, classes=2)
+    manifest = Manifest.from_folder(root)
+    Path(manifest.path(3)).write_bytes(b"")
+    Path(manifest.path(5)).unlink()
+    ledger = tmp_path / "ledger.parquet"
+    scan(manifest, ledger)
+    status, out, _ = run(capsys, "info", root, "--ledger", ledger)
+    assert status == 0
+    # The missing file is not in the folder any more, so it is no image of this manifest.
+    assert "broken         1\n" in out
+    assert f"the ledger has 1 empty, 1 missing, of {len(manifest)} scanned\n" in out
+    status, _, err = run(capsys, "info", root, "--ledger", root / "none")
+    assert status == 1 and "none" in err
 
 
 def test_info_says_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from genkl_ext.data import ImageError, Manifest, Transforms, make_loader
+from genkl_ext.data import ImageError, Ledger, Manifest, Transforms, make_loader
+from genkl_ext.data.scan import scan
 from genkl_ext.data.transforms import uniforms
 
 SMALL = Transforms(size=24, resize=32)
@@ -296,6 +297,18 @@ def test_report_keeps_every_row_in_its_place(broken):
     assert (images[~ok] == 0).all()
     assert (images[ok].abs().amax((1, 2, 3)) > 0).all()
     assert {failure.row: failure.reason for failure in load.failures} == BROKEN
+
+
+def test_a_ledger_leaves_out_what_it_lists(broken, tmp_path):
+    scan(broken, tmp_path / "ledger.parquet")
+    for ledger in (tmp_path / "ledger.parquet", Ledger.load(tmp_path / "ledger.parquet")):
+        load = loader(broken, batch_size=4, ledger=ledger)
+        assert len(load) == 2
+        rows, _ = epoch(load)
+        assert rows.tolist() == [row for row in range(12) if row not in BROKEN]
+    # "report" gives every row its place, known or not.
+    rows, _ = epoch(loader(broken, ledger=tmp_path / "ledger.parquet", on_error="report"))
+    assert rows.tolist() == list(range(12))
 
 
 def test_a_file_that_breaks_between_epochs_costs_itself_only(broken, tmp_path):
