@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import _native
+from .._native import resample, resample_support, rotate
 from .decode import BrokenImage, Decoder, Limits, Picture, read
 from .transforms import Geometry, Transforms
 
@@ -73,14 +73,14 @@ class ImageMaker:
         if whole is not None:
             g = dataclasses.replace(g, full=(whole.shape[0], whole.shape[1]))
         top, left, height, width = g.window
-        y0, y1 = _native.resample_support(g.full[0], g.resized[0], top, height)
-        x0, x1 = _native.resample_support(g.full[1], g.resized[1], left, width)
+        y0, y1 = resample_support(g.full[0], g.resized[0], top, height)
+        x0, x1 = resample_support(g.full[1], g.resized[1], left, width)
         origin = 0, 0
         if g.angle:
             source = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
             if whole is None:
                 whole, _ = picture.region(0, 0, *g.full)
-            _native.rotate(whole, g.angle, (y0, x0, y1 - y0, x1 - x0), source)
+            rotate(whole, g.angle, (y0, x0, y1 - y0, x1 - x0), source)
             origin = y0, x0
         elif whole is None:
             source, origin = picture.region(y0, x0, y1, x1)
@@ -90,7 +90,7 @@ class ImageMaker:
 
     @staticmethod
     def _reduced(picture: Picture, g: Geometry) -> NDArray[np.uint8] | None:
-        """The picture at the smallest size from which the resize still shrinks; None: no smaller."""
+        """The picture at the least size from which the resize still shrinks; None: no less."""
         shrinking = min(full / resized for full, resized in zip(g.full, g.resized, strict=True))
         factor = next((factor for factor in (8, 4, 2) if factor <= shrinking), None)
         return None if factor is None else picture.reduced(factor)
@@ -100,13 +100,13 @@ class ImageMaker:
     ) -> None:
         finish = (out, self._kind, self._scale, self._shift)
         if g.window[2:] == g.size:
-            _native.resample(source, origin, g.full, g.resized, g.window, g.flip, *finish)
+            resample(source, origin, g.full, g.resized, g.window, g.flip, *finish)
             return
         window = np.empty((*g.window[2:], 3), np.uint8)
         plain = (window.transpose(2, 0, 1), "uint8", self._scale, self._shift)
-        _native.resample(source, origin, g.full, g.resized, g.window, False, *plain)
+        resample(source, origin, g.full, g.resized, g.window, False, *plain)
         whole = (0, 0, *g.size)
-        _native.resample(window, (0, 0), window.shape[:2], g.size, whole, g.flip, *finish)
+        resample(window, (0, 0), window.shape[:2], g.size, whole, g.flip, *finish)
 
 
 class Buffers:

@@ -273,7 +273,10 @@ class DaliEngine:
         size = header.height, header.width
         if header.orientation >= 5:  # a quarter turn
             size = size[::-1]
-        where = self._transforms.geometry(*size, draws)
+        try:
+            where = self._transforms.geometry(*size, draws)
+        except BrokenImage as error:
+            return error
         return Sample(TensorCPU(data), where, header.orientation == 1)
 
     def _make(self, path: str, draws: NDArray[np.float64]) -> torch.Tensor | BrokenImage:

@@ -244,7 +244,7 @@ class Decoder:
     def __init__(self, limits: Limits = Limits(), fast_idct: bool = False) -> None:
         # nvImageCodec reports through logs what it also reports by returning None.
         os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-        from nvidia import nvimgcodec
+        import nvidia.nvimgcodec as nvimgcodec
 
         self._codec = nvimgcodec
         self._limits = limits

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .decode import BrokenImage
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -35,6 +37,7 @@ Crop = Literal["center", "random", "random_resized"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+LONGEST_SIDE = 1 << 20  # csrc/kernels/resample.h: kMaxSide
 _TRIES = 10  # of a random resized crop, then a central one is taken
 DRAWS = 2 + 4 * _TRIES  # uniform numbers that one picture may need
 
@@ -123,8 +126,18 @@ class Transforms:
         Args:
             height, width: of the picture as it is seen (after EXIF orientation), in pixels.
             draws: (DRAWS,) uniform numbers in [0, 1), as :func:`uniforms` makes them.
+
+        Raises:
+            BrokenImage: too small, for its length: the resize would make a side of more than
+                ``LONGEST_SIDE`` pixels of it.
         """
         resized = self._resized(height, width)
+        if max(resized) > LONGEST_SIDE:
+            sides = f"{resized[1]:,} x {resized[0]:,}"
+            raise BrokenImage(
+                "too small",
+                f"{width} x {height}, which a resize to {self.resize} would stretch to {sides}",
+            )
         if self.crop == "random_resized":
             window = self._random_window(*resized, draws[2:])
         else:

@@ -299,6 +299,21 @@ def test_report_keeps_every_row_in_its_place(broken):
     assert {failure.row: failure.reason for failure in load.failures} == BROKEN
 
 
+def test_a_picture_that_a_resize_would_stretch_beyond_measure(tmp_path):
+    write_all(tmp_path, {"a.jpg": jpeg(1, 5000), "b.png": encoded(drawing(9000, 2), "PNG")})
+    load = loader(table(tmp_path, ["a.jpg", "b.png"]), on_error="report", batch_size=2)
+    (batch,) = load
+    # 32 is the shorter side: the longer one stays below the limit here, but not at 256.
+    assert batch["ok"].tolist() == [True, True]
+    load = loader(load.manifest, Transforms(), on_error="report", batch_size=2)
+    (batch,) = load
+    assert batch["ok"].tolist() == [False, False]
+    assert [failure.reason for failure in load.failures] == ["too small", "too small"]
+    assert "5000 x 1, which a resize to 256 would stretch to 1,280,000 x 256" in str(
+        load.failures[0]
+    )
+
+
 def test_a_ledger_leaves_out_what_it_lists(broken, tmp_path):
     scan(broken, tmp_path / "ledger.parquet")
     for ledger in (tmp_path / "ledger.parquet", Ledger.load(tmp_path / "ledger.parquet")):
