@@ -234,6 +234,7 @@ class GenKL:
     def _score(self, models: list[Any], *, logits: bool, validate: bool) -> Scores:
         """``score`` of a list, with a bad row noted in the result but not yet raised."""
         kind = _check_models(models, self.num_classes)
+        outputs: tuple[Any, ...]
         if kind == "torch":
             from . import ops
 

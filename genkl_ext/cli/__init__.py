@@ -3,7 +3,7 @@
     main.py      the list of commands, exit codes, one line for an error
     parser.py    options from a function's signature and docstring
     progress.py  a bar on a terminal, lines in a log
-    score.py, info.py, demo.py, ...    one file per command, one function of the same name
+    score.py, scan.py, info.py, ...    one file per command, one function of the same name
     data.py      the group ``genkl data``: one function per command
 
 A command is a typed function with a docstring; the parser is made from both. It returns None or an

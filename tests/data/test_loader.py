@@ -370,7 +370,7 @@ def test_an_empty_split(manifest):
 def test_leaving_a_loop_ends_its_threads(manifest):
     before = set(threading.enumerate())
     for _ in loader(manifest, batch_size=1, threads=3, prefetch=4):
-        assert set(threading.enumerate()) > before
+        assert set(threading.enumerate()) - before
         break
     gc.collect()
-    assert set(threading.enumerate()) <= before
+    assert not set(threading.enumerate()) - before

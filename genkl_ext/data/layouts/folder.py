@@ -83,11 +83,17 @@ def _folders(path: PathLike) -> list[str]:
 def images_below(root: str, place: str) -> list[str]:
     """Paths below ``root`` of the images in ``place`` and its folders."""
     found = []
-    for folder, _, names in sorted(os.walk(os.path.join(root, place), followlinks=True)):
-        below = os.path.relpath(folder, root)
-        found += [
-            f"{below}/{name}"
-            for name in sorted(names)
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    return found
+    seen = set()  # folders: links may lead in circles
+    for folder, below, names in os.walk(os.path.join(root, place), followlinks=True):
+        facts = os.stat(folder)
+        if (facts.st_dev, facts.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        found.append((folder, names))
+    return [
+        f"{os.path.relpath(folder, root)}/{name}"
+        for folder, names in sorted(found)
+        for name in sorted(names)
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    ]
