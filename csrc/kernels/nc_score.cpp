@@ -33,12 +33,16 @@ inline F load_as_float(const Half* p) { return load_half(&p->bits); }
 inline F load_as_float(const BFloat* p) { return load_bfloat(&p->bits); }
 inline F load_as_float(const double* p) { return load_double(p); }
 
-constexpr int kBlockBytes = 64 * 1024;   // staged rows: they must stay in the second-level cache
-constexpr int kPrefetchBytes = 4096;     // how far ahead of the walk memory is asked for
-constexpr int kColumnsUpTo = 32;         // classes
-constexpr int kWord = 64;                // classes whose dominance is noted in one integer
-constexpr int kPad = 4;                  // entries of a compacted row come in fours
-constexpr int kLine = 64;                // bytes of a cache line
+constexpr int kBlockBytes =
+    64 * 1024;                        // of rows walked as one: what is kept of them stays in cache
+constexpr int kPrefetchBytes = 4096;  // how far ahead of the walk memory is asked for
+constexpr int kColumnsUpTo = 32;      // classes
+constexpr int kManyClasses = 256;     // from here on most of a line's entries are not dominant
+constexpr int kWord = 64;             // classes whose dominance is noted in one integer
+constexpr int kLengths = 63;          // rows with more dominant entries are not told apart
+constexpr int kLine = 64;             // bytes of a cache line
+constexpr int kLineFloats = kLine / 4;
+constexpr int kVectorsOfLine = kLineFloats / kWidth;
 constexpr int kMinNormalExponent = 126;  // 2^-126 is the smallest normal float
 constexpr float kLowest = -3.402823466e38f;
 // The columns walk takes this many rows at once: every weight it loads serves two lane-vectors. Its
@@ -66,29 +70,43 @@ class Carver {
 
 int block_rows(int classes) {
   const int rows = kBlockBytes / 4 / classes;
-  return rows < kWidth ? kWidth : rows / kWidth * kWidth;
+  return rows < kColumnsRows ? kColumnsRows : rows / kColumnsRows * kColumnsRows;
 }
 
-struct Scratch {
-  float* staged;   // [block_rows, classes]
-  float* logs;     // columns: [classes, kColumnsRows]; compact: logarithms of `values`
-  float* values;   // compact: dominant entries, row after row
-  int32_t* index;  // compact: their classes
-  float* sums;     // a_j: columns [stride, kColumnsRows], compact [kWidth, stride]
-  double* row;     // [classes] one row in float64
-  double* exps;    // [classes, rounded up to kSumLanes]
-  double* cross;   // [vectors]
-  float* softmax;  // [classes]
+// A row of the compact walk: its place in the block, and where its dominant entries were gathered.
+struct Sparse {
+  int32_t row, count, begin;
+};
 
-  Scratch(Carver& carver, int classes, int stride) {
-    const size_t k = static_cast<size_t>(classes);
-    const size_t entries = kColumnsRows * (k + kPad + 2 * kWidth);
-    staged = carver.take<float>(static_cast<size_t>(block_rows(classes)) * k + kWidth);
-    logs = carver.take<float>(entries);
+struct Scratch {
+  float* staged;     // [block_rows, classes]
+  float* logs;       // columns: [classes, kColumnsRows]
+  float* values;     // compact: dominant entries, row after row, then their logarithms
+  int32_t* index;    // compact: their classes
+  int32_t* counts;   // compact: [block_rows] how many a row has; 0 if it is not for this walk
+  int32_t* begins;   // compact: [block_rows] where they are
+  Sparse* sparse;    // compact: [block_rows] the same, rows with equally many side by side
+  float* sums;       // a_j: columns [stride, kColumnsRows], compact [kWidth, stride]
+  double* row;       // [classes] one row in float64
+  int32_t* classes;  // [classes] settle: the dominant ones
+  double* exps;      // [classes, rounded up to kSumLanes]
+  double* cross;     // [vectors]
+  float* softmax;    // [classes]
+
+  Scratch(Carver& carver, int num_classes, int stride) {
+    const size_t k = static_cast<size_t>(num_classes);
+    const size_t rows = static_cast<size_t>(block_rows(num_classes));
+    const size_t entries = rows * k + 2 * kWidth;  // gathering and searching reach beyond the last
+    staged = carver.take<float>(rows * k + kWidth);
+    logs = carver.take<float>(kColumnsRows * k);
     values = carver.take<float>(entries);
     index = carver.take<int32_t>(entries);
+    begins = carver.take<int32_t>(rows);
+    counts = carver.take<int32_t>(rows);
+    sparse = carver.take<Sparse>(rows + kWidth);
     sums = carver.take<float>(static_cast<size_t>(stride) * kColumnsRows);
     row = carver.take<double>(k);
+    classes = carver.take<int32_t>(k);
     exps = carver.take<double>(round_up(k, kSumLanes));
     cross = carver.take<double>(static_cast<size_t>(stride));
     softmax = carver.take<float>(k);
@@ -99,16 +117,15 @@ struct Scratch {
 struct Group {
   F critical, divergence, top;
   I top_class, votes;
-  F sum, lowest;  // of the entries
-  int additions;  // that went into one sum, one after the other
+  F sum;  // of the entries
   Mask unsettled;
 };
 
 struct Max {
   F operator()(F a, F b) const { return max(a, b); }
 };
-struct Min {
-  F operator()(F a, F b) const { return min(a, b); }
+struct MaxBits {
+  F operator()(F a, F b) const { return max_bits(a, b); }
 };
 struct Add {
   F operator()(F a, F b) const { return add(a, b); }
@@ -122,7 +139,10 @@ class Scorer {
     tau_ = static_cast<float>(rule.tau);
     alpha_ = static_cast<float>(rule.alpha);
     guard_all_ = guard(rule.classes);
-    products_ = rule.vectors == 1 && equal_weights() ? product_length() : 1;
+    tolerance_ = static_cast<float>(rule.tolerance) -
+                 6.6e-8f * static_cast<float>(rule.classes / kWidth + 2 * kWidth);
+    dense_from_ = static_cast<int>(rule.classes * int64_t{3} / 4);
+    products_ = rule.vectors == 1 && equal_weights() ? product_length() : 0;
   }
 
   int64_t score(int64_t begin, int64_t end) {
@@ -147,10 +167,21 @@ class Scorer {
   void walk(const float* rows, int64_t stride, int64_t first_row, int n) {
     if (rule_.vectors == 1 && rule_.classes > kColumnsUpTo)
       single(rows, stride, first_row, n);
-    else if (rule_.classes <= kColumnsUpTo)
+    else if (rule_.classes <= kColumnsUpTo || mostly_dominant(rows, stride, n))
       columns(rows, stride, first_row, n);
     else
       compact(rows, stride, first_row, n);
+  }
+
+  // Whether the columns walk suits a block of rows, by the first entries of some of them.
+  bool mostly_dominant(const float* rows, int64_t stride, int n) const {
+    const int k = rule_.classes, seen = k < kWidth ? k : kWidth;
+    if (n > kColumnsRows) n = kColumnsRows;
+    int dominant = 0;
+    for (int r = 0; r < n; ++r)
+      dominant += __builtin_popcount(
+          bits(greater_equal(load_first(rows + r * stride, seen), broadcast(tau_))));
+    return static_cast<int64_t>(dominant) * k > static_cast<int64_t>(dense_from_) * seen * n;
   }
 
   // ---- columns ---------------------------------------------------------------------------------
@@ -171,16 +202,13 @@ class Scorer {
 
   // What a pass over the classes gathers, one row per lane.
   struct Columns {
-    F sum = broadcast(0.0f), lowest = broadcast(0.0f), top = broadcast(-1.0f);
-    I top_class = broadcast(int32_t{0});  // plus one
+    F sum = broadcast(0.0f), top = broadcast(0.0f);
+    I top_class = broadcast(int32_t{0});
 
     void take(F x, int c) {
-      sum = add(sum, x);
-      lowest = min(lowest, x);
       const Mask higher = greater(x, top);
-      top = max(x, top);
-      top_class =
-          max(top_class, keep(higher, broadcast(int32_t{c + 1})));  // c grows: the last wins
+      top = max_bits(x, top);
+      top_class = select(higher, broadcast(int32_t{c}), top_class);
     }
   };
 
@@ -190,11 +218,9 @@ class Scorer {
     F critical[2], divergence[2];
     for (int half = 0; half < 2; ++half) {
       const Columns t = read_columns(row + half * kWidth, scratch_.logs + half * kWidth);
-      g[half].additions = k;
       g[half].sum = t.sum;
-      g[half].lowest = t.lowest;
       g[half].top = t.top;
-      g[half].top_class = sub(t.top_class, broadcast(int32_t{1}));
+      g[half].top_class = t.top_class;
       critical[half] = broadcast(0.0f);
       divergence[half] = broadcast(kLowest);
     }
@@ -229,6 +255,11 @@ class Scorer {
         t.take(q[i], c + i);
         store(entries + (c + i) * kColumnsRows, q[i]);
       }
+#pragma GCC unroll 4
+      for (int apart = 1; apart < kWidth; apart *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < kWidth; i += 2 * apart) q[i] = add(q[i], q[i + apart]);
+      t.sum = add(t.sum, q[0]);
     }
     if (c == k) return t;
     if (k >= kWidth) {  // the last vectors end with the row; classes taken before are passed over
@@ -243,6 +274,7 @@ class Scorer {
     for (int i = 0; i < kWidth; ++i) {
       if (start + i < c || start + i >= k) continue;
       t.take(q[i], start + i);
+      t.sum = add(t.sum, q[i]);
       store(entries + (start + i) * kColumnsRows, q[i]);
     }
     return t;
@@ -319,16 +351,29 @@ class Scorer {
     int waiting = 0;  // rows with many dominant entries, for the columns walk
     int64_t number[kColumnsRows];
     const float* row[kColumnsRows];
+    int filled = 0;
     for (int r = 0; r < n; r += kWidth) {
       const int present = n - r < kWidth ? n - r : kWidth;
-      uint32_t dense = compact_group(rows + r * stride, stride, first_row + r, present);
-      for (; dense; dense &= dense - 1) {
-        const int lane = __builtin_ctz(dense);
+      uint32_t others = 0;
+      filled = gather_group(rows + r * stride, stride, r, first_row + r, present, filled, others);
+      for (; __builtin_expect(others != 0, 0); others &= others - 1) {
+        const int lane = __builtin_ctz(others);
+        const bool dense = scratch_.counts[r + lane] > dense_from_;
+        scratch_.counts[r + lane] = 0;
+        if (!dense) {
+          settle(first_row + r + lane);
+          continue;
+        }
         number[waiting] = first_row + r + lane;
         row[waiting++] = rows + (r + lane) * stride;
         if (waiting == kColumnsRows) scattered(row, number, waiting);
       }
     }
+    const int listed = sort_by_count(n);
+    find_tops(listed, first_row);
+    for (int t = 0; t < filled; t += kWidth)
+      store(scratch_.values + t, log2(load(scratch_.values + t)));
+    sparse_products(listed, first_row);
     if (waiting) scattered(row, number, waiting);
   }
 
@@ -342,219 +387,232 @@ class Scorer {
     waiting = 0;
   }
 
-  // Scores the rows with few dominant entries; returns which rows have many and are left.
-  uint32_t compact_group(const float* rows, int64_t stride, int64_t first_row, int present) {
-    const F none = broadcast(0.0f);
-    F sum[kWidth], lowest[kWidth], tops[kWidth], critical[kWidth], divergence[kWidth];
-    int32_t begin[kWidth];
-    alignas(64) int32_t dominant[kWidth], top_class[kWidth];
-    uint32_t dense = 0;
-    int filled = 0;
+  // Appends the dominant entries of kWidth rows, which stand from row `at` of the block on, to the
+  // `filled` ones; returns how many there are then. `others` become the rows that are not for this
+  // walk: without dominant entries, with many, or doubtful.
+  int gather_group(const float* rows, int64_t stride, int at, int64_t first_row, int present,
+                   int filled, uint32_t& others) const {
+    F sum[kWidth], top[kWidth];
+    int32_t* const counts = scratch_.counts + at;
+    int32_t* const begins = scratch_.begins + at;
     for (int lane = 0; lane < kWidth; ++lane) {
-      sum[lane] = lowest[lane] = tops[lane] = critical[lane] = divergence[lane] = none;
-      dominant[lane] = top_class[lane] = 0;
-      begin[lane] = filled;
-      if (lane >= present) continue;
-      const int end = gather(rows + lane * stride, filled, sum[lane], lowest[lane], tops[lane]);
-      if (end < 0) {
-        dense |= 1u << lane;
-        continue;
-      }
-      dominant[lane] = end - filled;
-      // Entries of 1, whose logarithm is 0, fill the row up to whole fours.
-      for (int i = 0; i < kPad; ++i) {
-        scratch_.values[end + i] = 1.0f;
-        scratch_.index[end + i] = 0;
-      }
-      filled += static_cast<int>(
-          round_up(static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
+      const float* const row = rows + (lane < present ? lane : 0) * stride;
+      const int found = gather(row, filled, sum[lane], top[lane]);
+      counts[lane] = found;
+      begins[lane] = filled;
+      filled += found > dense_from_ ? 0 : found;
     }
-    store(scratch_.values + filled, broadcast(1.0f));
-    for (int t = 0; t < filled; t += kWidth)
-      store(scratch_.logs + t, log2(load(scratch_.values + t)));
-
-    for (int lane = 0; lane < present; ++lane) {
-      if (dense >> lane & 1) continue;
-      const int end =
-          begin[lane] + static_cast<int>(round_up(
-                            static_cast<size_t>(dominant[lane] > 0 ? dominant[lane] : 1), kPad));
-      const Maxima maxima = compact_products(begin[lane], end, scratch_.sums + lane * rule_.stride);
-      critical[lane] = maxima.critical;
-      divergence[lane] = maxima.divergence;
+    const F tops = fold_lanes(top, MaxBits());
+    if (present == kWidth) {
+      store(out_.top_prob + first_row, tops);
+    } else {
+      alignas(64) float all[kWidth];
+      store(all, tops);
+      for (int lane = 0; lane < present; ++lane) out_.top_prob[first_row + lane] = all[lane];
     }
-
-    Group g;
-    g.additions = rule_.classes / kWidth + kWidth;
-    g.sum = fold_lanes(sum, Add());
-    g.lowest = fold_lanes(lowest, Min());
-    g.top = fold_lanes(tops, Max());
-    g.critical = fold_lanes(critical, Max());
-    g.divergence = fold_lanes(divergence, Max());
-    alignas(64) float top[kWidth];
-    store(top, g.top);
-    for (int lane = 0; lane < present; ++lane)
-      if (dominant[lane]) top_class[lane] = class_of(top[lane], begin[lane]);
-    g.top_class = load(top_class);
-
-    const F n = to_float(load(dominant));
-    const F guards = mul(broadcast(guard(0) / 16.0f), add(n, broadcast(16.0f)));
-    const F alpha = broadcast(alpha_);
-    const F lower = sub(alpha, mul(alpha, guards));
-    const F upper = add(alpha, mul(alpha, guards));
-    g.unsettled = equal(n, none);
-    alignas(64) int32_t votes[kWidth] = {};
-    uint32_t near = bits(greater_equal(g.critical, lower));
-    if (near) {
-      alignas(64) float low[kWidth], high[kWidth], open[kWidth] = {};
-      store(low, lower);
-      store(high, upper);
-      for (; near; near &= near - 1) {
-        const int lane = __builtin_ctz(near);
-        const float* sums = scratch_.sums + lane * rule_.stride;
-        for (int j = 0; j < rule_.vectors; j += kWidth) {
-          const F a = load(sums + j);
-          const Mask vote = greater(a, broadcast(high[lane]));
-          votes[lane] += __builtin_popcount(bits(vote));
-          if (any(both_not(greater_equal(a, broadcast(low[lane])), vote))) open[lane] = 1.0f;
-        }
-      }
-      g.unsettled = either(g.unsettled, greater(load(open), none));
-    }
-    g.votes = load(votes);
-    emit(g, first_row, nullptr, present, dense);
-    return dense;
+    const F count = to_float(load(counts));
+    const Mask not_here = either(doubtful(fold_lanes(sum, Add()), tops),
+                                 either(greater(count, broadcast(static_cast<float>(dense_from_))),
+                                        equal(count, broadcast(0.0f))));
+    others = bits(not_here) & ((1u << present) - 1u);
+    return filled;
   }
 
-  // Appends a row's dominant entries and their classes from `at` on; returns the end, or -1 when
-  // most of the first classes are dominant and the columns walk is the better one. Adds up the row
-  // in passing.
-  int gather(const float* row, int at, F& row_sum, F& row_lowest, F& row_top) const {
+  // Appends a row's dominant entries and their classes from `at` on and returns how many. Adds up the
+  // row in passing.
+  int gather(const float* row, int at, F& row_sum, F& row_top) const {
     const int k = rule_.classes;
     const F tau = broadcast(tau_);
-    F sum = broadcast(0.0f), lowest = sum, top = sum;
-    int first = 0;
-    for (; first + kWord <= k; first += kWord) {
-      const float* const entries = row + first;
-#pragma GCC unroll 4
-      for (int b = 0; b < kWord * 4; b += kLine)
-        prefetch(reinterpret_cast<const char*>(entries) + b + kPrefetchBytes);
-      uint64_t dominant = 0;
-#pragma GCC unroll 16
-      for (int i = 0; i < kWord; i += 2 * kWidth) {
-        const F x = load(entries + i), y = load(entries + i + kWidth);
-        sum = add(sum, add(x, y));
-        lowest = min(lowest, min(x, y));
-        top = max(top, max(x, y));
-        dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
-        dominant |= static_cast<uint64_t>(bits(greater_equal(y, tau))) << (i + kWidth);
-      }
-      if (first == 0 && __builtin_popcountll(dominant) > kWord / 2) return -1;
-      at = append(entries, first, kWord, dominant, at);
-    }
-    if (first < k) {
-      const float* const entries = row + first;
-      for (int64_t b = 0; b < (k - first) * 4; b += kLine)
-        prefetch(reinterpret_cast<const char*>(entries) + b + kPrefetchBytes);
-      uint64_t dominant = 0;
-      for (int i = 0; first + i < k; i += kWidth) {
-        const int left = k - first - i;
-        const F x = left < kWidth ? load_first(entries + i, left) : load(entries + i);
-        sum = add(sum, x);
-        lowest = min(lowest, x);
-        top = max(top, x);
-        dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
-      }
-      if (first == 0 && __builtin_popcountll(dominant) > k / 2) return -1;
-      at = append(entries, first, k - first, dominant, at);
-    }
-    row_sum = sum;
-    row_lowest = lowest;
-    row_top = top;
-    return at;
-  }
-
-  // Appends the entries whose bits are set, of `count` in reach. They are taken four at a time: the
-  // number of rounds can be foretold more often than the number of entries. What is taken too much
-  // is overwritten later.
-  int append(const float* entries, int first_class, int count, uint64_t dominant, int at) const {
-    const int n = __builtin_popcountll(dominant);
-    const uint64_t last = uint64_t{1} << (count - 1);
+    const I step = broadcast(int32_t{kWidth});
     float* const values = scratch_.values + at;
     int32_t* const index = scratch_.index + at;
-    for (int t = 0; t < n; t += kPad) {
+    F sum = broadcast(0.0f), top = sum;
+    I classes = lane_numbers();
+    int64_t found = 0;
+    const auto take = [&](F x) {
+      sum = add(sum, x);
+      top = max_bits(top, x);
+      found += compress(greater_equal(x, tau), x, classes, values + found, index + found);
+      classes = add(classes, step);
+    };
+    int c = 0;
+    if (k >= kManyClasses) {
+      for (; c + kWord <= k; c += kWord) {
+        uint64_t dominant = 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < kWord; i += 2 * kWidth) {
+          if (i % kLineFloats == 0)
+            prefetch(reinterpret_cast<const char*>(row + c + i) + kPrefetchBytes);
+          const F x = load(row + c + i), y = load(row + c + i + kWidth);
+          sum = add(sum, add(x, y));
+          top = max_bits(top, max_bits(x, y));
+          dominant |= static_cast<uint64_t>(bits(greater_equal(x, tau))) << i;
+          dominant |= static_cast<uint64_t>(bits(greater_equal(y, tau))) << (i + kWidth);
+        }
+        // They are taken four at a time: the number of rounds can be foretold more often than the
+        // number of entries. What is taken too much is overwritten later.
+        const int64_t end = found + __builtin_popcountll(dominant);
+        for (int64_t t = found; t < end; t += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kPad; ++i) {
-        const int c = __builtin_ctzll(dominant | last);
-        values[t + i] = entries[c];
-        index[t + i] = first_class + c;
-        dominant &= dominant - 1;
+          for (int i = 0; i < 4; ++i) {
+            const int entry = c + __builtin_ctzll(dominant | uint64_t{1} << (kWord - 1));
+            values[t + i] = row[entry];
+            index[t + i] = entry;
+            dominant &= dominant - 1;
+          }
+        }
+        found = end;
+      }
+      classes = add(classes, broadcast(int32_t{c}));
+    }
+    for (; c + kLineFloats <= k; c += kLineFloats) {
+      prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kLineFloats; i += kWidth) take(load(row + c + i));
+    }
+    if (c < k) prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
+    for (; c + kWidth <= k; c += kWidth) take(load(row + c));
+    if (c < k) take(load_first(row + c, k - c));
+    row_sum = sum;
+    row_top = top;
+    return static_cast<int>(found);
+  }
+
+  // Lists the rows of the block that have counts, those with equally many entries next to one another:
+  // how often the loops over their entries run is then foretold right. Returns how many rows.
+  int sort_by_count(int n) const {
+    const int32_t* const counts = scratch_.counts;
+    Sparse* const sparse = scratch_.sparse;
+    // Two histograms: a row need not wait for the count that its neighbour has just changed.
+    int next[2][kLengths + 1] = {};
+    const auto length = [](int count) { return count < kLengths ? count : kLengths; };
+    for (int r = 0; r < n; ++r) ++next[r % 2][length(counts[r])];
+    next[0][0] = next[1][0] = 0;
+    int listed = 0;
+    for (int l = 1; l <= kLengths; ++l) {
+      for (int half = 0; half < 2; ++half) {
+        const int here = next[half][l];
+        next[half][l] = listed;
+        listed += here;
       }
     }
-    return at + n;
+    // Rows with nothing to list are written beyond the others.
+    next[0][0] = next[1][0] = listed;
+    for (int r = 0; r < n; ++r) {
+      const int place = next[r % 2][length(counts[r])]++;
+      sparse[place] = {r, counts[r], scratch_.begins[r]};
+    }
+    for (int i = 0; i < kWidth; ++i) sparse[listed + i] = {};
+    return listed;
   }
 
-  // The class of the first gathered entry equal to `top`, which is among them.
-  int class_of(float top, int begin) {
-    for (int t = begin;; t += kWidth) {
-      const uint32_t hit = bits(equal(load(scratch_.values + t), broadcast(top)));
-      if (hit) return scratch_.index[t + __builtin_ctz(hit)];
+  // The classes of the listed rows' highest entries: the first gathered entry equal to the top.
+  void find_tops(int listed, int64_t first_row) const {
+    const Sparse* const sparse = scratch_.sparse;
+    int32_t* const top_class = out_.top_class + first_row;
+    const float* const top_prob = out_.top_prob + first_row;
+    const float* const values = scratch_.values;
+    const int32_t* const index = scratch_.index;
+    for (int i = 0; i < listed; ++i) {
+      const F top = broadcast(top_prob[sparse[i].row]);
+      for (int64_t t = sparse[i].begin;; t += 2 * kWidth) {
+        const uint64_t low = bits(equal(load(values + t), top));
+        const uint64_t high = bits(equal(load(values + t + kWidth), top));
+        const uint64_t hit = low | high << kWidth;
+        if (!hit) continue;
+        top_class[sparse[i].row] = index[t + __builtin_ctzll(hit)];
+        break;
+      }
     }
   }
 
-  // The largest a_j and D_j of a row, each in some lane.
-  struct Maxima {
-    F critical = broadcast(0.0f), divergence = broadcast(kLowest);
-  };
-
-  Maxima compact_products(int begin, int end, float* sums) const {
-    Maxima maxima;
+  void sparse_products(int listed, int64_t first_row) {
     const int vectors = (rule_.vectors + kWidth - 1) / kWidth;
-    int v = 0;
-    for (; v + 4 <= vectors; v += 4) maxima = compact_product<4>(begin, end, v, sums, maxima);
-    switch (vectors - v) {
-      case 3:
-        return compact_product<3>(begin, end, v, sums, maxima);
-      case 2:
-        return compact_product<2>(begin, end, v, sums, maxima);
-      case 1:
-        return compact_product<1>(begin, end, v, sums, maxima);
-      default:
-        return maxima;
+    const F lower = broadcast(alpha_ * (1.0f - guard_all_));
+    for (int i = 0; i < listed; i += kWidth) {
+      const Sparse* const rows = scratch_.sparse + i;
+      F critical[kWidth], divergence[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) {
+        critical[lane] = broadcast(0.0f);
+        divergence[lane] = broadcast(kLowest);
+      }
+      int v = 0;
+      for (; v + 4 <= vectors; v += 4) compact_product<4>(rows, v, critical, divergence);
+      if (vectors - v == 3) compact_product<3>(rows, v, critical, divergence);
+      if (vectors - v == 2) compact_product<2>(rows, v, critical, divergence);
+      if (vectors - v == 1) compact_product<1>(rows, v, critical, divergence);
+      const int present = listed - i < kWidth ? listed - i : kWidth;
+      const F a = fold_lanes(critical, Max());
+      alignas(64) float highest_a[kWidth], highest_d[kWidth];
+      store(highest_a, a);
+      store(highest_d, fold_lanes(divergence, Max()));
+      for (int lane = 0; lane < present; ++lane) {
+        const int64_t r = first_row + rows[lane].row;
+        out_.critical_alpha[r] = highest_a[lane];
+        out_.divergence[r] = highest_d[lane];
+        out_.votes[r] = 0;
+      }
+      uint32_t near = bits(greater_equal(a, lower)) & ((1u << present) - 1u);
+      for (; near; near &= near - 1) {
+        const int lane = __builtin_ctz(near);
+        vote(first_row + rows[lane].row, scratch_.sums + lane * rule_.stride);
+      }
     }
   }
 
-  // kCount lane-vectors of a_j for one row, two chains each.
+  // Counts the votes of a row whose a_j are `sums`.
+  void vote(int64_t r, const float* sums) {
+    const F lower = broadcast(alpha_ * (1.0f - guard_all_));
+    const F upper = broadcast(alpha_ * (1.0f + guard_all_));
+    int votes = 0;
+    uint32_t open = 0;
+    for (int j = 0; j < rule_.vectors; j += kWidth) {
+      const F a = load(sums + j);
+      const Mask above = greater(a, upper);
+      votes += __builtin_popcount(bits(above));
+      open |= bits(both_not(greater_equal(a, lower), above));
+    }
+    if (open)
+      settle(r);
+    else
+      out_.votes[r] = votes * rule_.ballot;
+  }
+
+  // kCount lane-vectors of a_j, from vector v kWidth on, for kWidth rows. They are added in the order
+  // of the columns walk: the numbers of a row do not depend on the walk, hence not on its neighbours.
   template <int kCount>
-  Maxima compact_product(int begin, int end, int v, float* sums, Maxima maxima) const {
-    F a[kCount], b[kCount];
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) a[i] = b[i] = broadcast(0.0f);
+  void compact_product(const Sparse* rows, int v, F* critical, F* divergence) const {
     const int first = v * kWidth;
     const float* const weights = rule_.weights + first;
     const float* const entropy = rule_.entropy + first;
     const float* const offset = rule_.offset + first;
-    const float* const logs = scratch_.logs;
+    const float* const values = scratch_.values;
     const int32_t* const index = scratch_.index;
     const int64_t stride = rule_.stride;
-    for (int t = begin; t < end; t += 2) {
-      const F log_a = broadcast(logs[t]), log_b = broadcast(logs[t + 1]);
-      const float* const wa = weights + index[t] * stride;
-      const float* const wb = weights + index[t + 1] * stride;
+    float* sums = scratch_.sums + first;
+    for (int lane = 0; lane < kWidth; ++lane, sums += stride) {
+      const float* log_q = values + rows[lane].begin;
+      const int32_t* c = index + rows[lane].begin;
+      F a[kCount];
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) a[i] = broadcast(0.0f);
+      for (int n = rows[lane].count; n > 0; --n) {
+        const F x = broadcast(*log_q++);
+        const float* const w = weights + *c++ * stride;
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) a[i] = fma(x, load(w + i * kWidth), a[i]);
+      }
+      F highest_a = critical[lane], highest_d = divergence[lane];
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
-        a[i] = fma(log_a, load(wa + i * kWidth), a[i]);
-        b[i] = fma(log_b, load(wb + i * kWidth), b[i]);
+        const int j = i * kWidth;
+        highest_a = max(highest_a, a[i]);
+        highest_d = max(highest_d, fma(load(entropy + j), a[i], load(offset + j)));
+        store(sums + j, a[i]);
       }
+      critical[lane] = highest_a;
+      divergence[lane] = highest_d;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
-      const int j = i * kWidth;
-      const F total = add(a[i], b[i]);
-      maxima.critical = max(maxima.critical, total);
-      maxima.divergence = max(maxima.divergence, fma(load(entropy + j), total, load(offset + j)));
-      store(sums + first + j, total);
-    }
-    return maxima;
   }
 
   // ---- single ----------------------------------------------------------------------------------
@@ -576,54 +634,47 @@ class Scorer {
 
   // What a walk over the classes of one row gathers, lane by lane.
   struct Single {
-    F sum = broadcast(0.0f), lowest = broadcast(0.0f), total = broadcast(0.0f);
-    F top = broadcast(-1.0f);
-    I top_class = broadcast(int32_t{0});  // plus one
-    Mask dominant = greater(broadcast(0.0f), broadcast(0.0f));
+    F sum = broadcast(0.0f), top = broadcast(0.0f), total = broadcast(0.0f);
+    I top_class = broadcast(int32_t{0});
   };
 
   void single(const float* rows, int64_t stride, int64_t first_row, int n) {
     const F none = broadcast(0.0f);
     for (int r = 0; r < n; r += kWidth) {
       const int present = n - r < kWidth ? n - r : kWidth;
-      F sum[kWidth], lowest[kWidth], total[kWidth], tops[kWidth];
+      F sum[kWidth], total[kWidth], tops[kWidth];
       I classes[kWidth];
-      uint32_t empty = 0;  // rows without a dominant entry
       for (int lane = 0; lane < kWidth; ++lane) {
         const float* row = rows + (r + (lane < present ? lane : 0)) * stride;
-        const Single t = products_ > 1 ? single_row<true>(row) : single_row<false>(row);
+        const Single t =
+            products_ >= kVectorsOfLine ? single_row<true>(row) : single_row<false>(row);
         sum[lane] = t.sum;
-        lowest[lane] = t.lowest;
         total[lane] = t.total;
         tops[lane] = t.top;
         classes[lane] = t.top_class;
-        empty |= static_cast<uint32_t>(!any(t.dominant)) << lane;
       }
       Group g;
-      g.additions = rule_.classes / kWidth + kWidth;
       g.sum = fold_lanes(sum, Add());
-      g.lowest = fold_lanes(lowest, Min());
-      g.top = fold_lanes(tops, Max());
-      alignas(64) float top[kWidth], settle[kWidth];
+      g.top = fold_lanes(tops, MaxBits());
+      alignas(64) float top[kWidth];
       alignas(64) int32_t top_class[kWidth];
       store(top, g.top);
-      for (int lane = 0; lane < kWidth; ++lane) {
+      for (int lane = 0; lane < kWidth; ++lane)
         top_class[lane] = lowest_class(equal(tops[lane], broadcast(top[lane])), classes[lane]);
-        settle[lane] = static_cast<float>(empty >> lane & 1);
-      }
       g.top_class = load(top_class);
       g.critical = max(fold_lanes(total, Add()), none);
       g.divergence = fma(broadcast(rule_.entropy[0]), g.critical, broadcast(rule_.offset[0]));
       const F lower = broadcast(alpha_ * (1.0f - guard_all_));
       const Mask vote = greater(g.critical, broadcast(alpha_ * (1.0f + guard_all_)));
       g.votes = count(broadcast(int32_t{0}), vote);
+      // Rows without a dominant entry are settled too.
       g.unsettled =
-          either(both_not(greater_equal(g.critical, lower), vote), greater(load(settle), none));
+          either(both_not(greater_equal(g.critical, lower), vote), greater(broadcast(tau_), g.top));
       emit(g, first_row + r, nullptr, present);
     }
   }
 
-  // The lowest class, of those one too high in the lanes of the mask; 0 when it is empty (NaN).
+  // The lowest of the classes in the lanes of the mask; 0 when it is empty (NaN).
   static int32_t lowest_class(Mask highest, I classes) {
     uint32_t lanes = bits(highest);
     if (lanes == 0) return 0;
@@ -634,7 +685,7 @@ class Scorer {
       const int32_t other = all[__builtin_ctz(lanes)];
       lowest = other < lowest ? other : lowest;
     }
-    return lowest - 1;
+    return lowest;
   }
 
   // One row, lanes over the classes. With kProducts all weights are equal, and up to eight dominant
@@ -650,50 +701,61 @@ class Scorer {
     const I step = broadcast(int32_t{kWidth});
     Single t;
     F product = one;
-    I classes = add(lane_numbers(), broadcast(int32_t{1}));
-    int factors = 0;
-    for (int c = 0; c < k; c += kWidth, classes = add(classes, step)) {
-      prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
-      const F q = k - c < kWidth ? load_first(row + c, k - c) : load(row + c);
+    I classes = lane_numbers();
+    const auto take = [&](F q, int c) {
       t.sum = add(t.sum, q);
-      t.lowest = min(t.lowest, q);
-      const Mask higher = greater(q, t.top);
-      t.top = max(q, t.top);
-      t.top_class = max(t.top_class, keep(higher, classes));
+      t.top_class = select(greater(q, t.top), classes, t.top_class);
+      t.top = max_bits(q, t.top);
+      classes = add(classes, step);
       const Mask counts = greater_equal(q, tau);
-      t.dominant = either(t.dominant, counts);
       if (kProducts) {
         product = mul(product, select(counts, q, one));
-        if (++factors < products_) continue;
-        t.total = fma(weight, log2(product), t.total);
-        product = one;
-        factors = 0;
       } else if (any(counts)) {
         alignas(64) float w[kWidth] = {};
         for (int i = 0; i < kWidth && c + i < k; ++i)
           w[i] = rule_.weights[static_cast<int64_t>(c + i) * rule_.stride];
         t.total = fma(load(w), keep(counts, log2(q)), t.total);
       }
+    };
+    int c = 0, factors = kVectorsOfLine;  // of the product, and those that the next line brings
+    for (; c + kLineFloats <= k; c += kLineFloats, factors += kVectorsOfLine) {
+      if (kProducts && factors > products_) {
+        t.total = fma(weight, log2(product), t.total);
+        product = one;
+        factors = kVectorsOfLine;
+      }
+      prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kLineFloats; i += kWidth) take(load(row + c + i), c + i);
     }
+    if (kProducts && factors > products_) {
+      t.total = fma(weight, log2(product), t.total);
+      product = one;
+    }
+    if (c < k) prefetch(reinterpret_cast<const char*>(row + c) + kPrefetchBytes);
+    for (; c + kWidth <= k; c += kWidth) take(load(row + c), c);
+    if (c < k) take(load_first(row + c, k - c), c);
     if (kProducts) t.total = fma(weight, log2(product), t.total);
     return t;
   }
 
   // ---- results ---------------------------------------------------------------------------------
 
-  // Writes the first `present` lanes, but for those in `skip`, to the rows `number`, or to the rows
-  // from `first_row` on where that is null.
-  void emit(const Group& g, int64_t first_row, const int64_t* number, int present,
-            uint32_t skip = 0) {
-    const F one = broadcast(1.0f);
-    // A sum that its rounding errors (2^-24 for each addition) could carry past the tolerance is
-    // settled too.
-    const F tolerance = broadcast(static_cast<float>(rule_.tolerance) - 6.6e-8f * g.additions);
-    const Mask doubtful = either(
-        either(not_less_equal(abs(sub(g.sum, one)), tolerance), greater(broadcast(0.0f), g.lowest)),
-        either(greater(g.top, one), g.unsettled));
-    const uint32_t lanes = ((present < 32 ? 1u << present : 0u) - 1u) & ~skip;
-    if (!number && present == kWidth && !skip) {
+  // Rows that may be no valid predictions, or have an entry above 1. A sum that its rounding errors
+  // (2^-24 for each of the additions that follow one another) could carry past the tolerance counts;
+  // the top of a row with a negative entry is negative or NaN (max_bits).
+  Mask doubtful(F sum, F top) const {
+    const F zero = broadcast(0.0f), one = broadcast(1.0f);
+    return either(not_less_equal(abs(sub(sum, one)), broadcast(tolerance_)),
+                  either(greater_equal(zero, top), not_less_equal(top, one)));
+  }
+
+  // Writes the first `present` lanes to the rows `number`, or to the rows from `first_row` on where
+  // that is null.
+  void emit(const Group& g, int64_t first_row, const int64_t* number, int present) {
+    const Mask open = either(doubtful(g.sum, g.top), g.unsettled);
+    const uint32_t lanes = ((1u << present) - 1u);
+    if (!number && present == kWidth) {
       store(out_.critical_alpha + first_row, g.critical);
       store(out_.divergence + first_row, g.divergence);
       store(out_.votes + first_row, rule_.ballot == 1 ? g.votes : times_ballot(g.votes));
@@ -717,7 +779,7 @@ class Scorer {
         out_.top_prob[r] = top[lane];
       }
     }
-    for (uint32_t rest = bits(doubtful) & lanes; __builtin_expect(rest != 0, 0); rest &= rest - 1) {
+    for (uint32_t rest = bits(open) & lanes; __builtin_expect(rest != 0, 0); rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       settle(number ? number[lane] : first_row + lane);
     }
@@ -738,7 +800,7 @@ class Scorer {
     const bool valid = read_row(r, q);
     if (!valid && (first_bad_ < 0 || r < first_bad_)) first_bad_ = r;
     double* const logs = scratch_.exps;
-    int32_t* const index = scratch_.index;
+    int32_t* const index = scratch_.classes;
     const int top = top_of(q, k);
     int dominant = 0;
     for (int i = 0; i < k; ++i) {
@@ -1010,7 +1072,8 @@ class Scorer {
   const NcRule& rule_;
   const Scratch& scratch_;
   const NcOutputs& out_;
-  float tau_, alpha_, guard_all_;
+  float tau_, alpha_, guard_all_, tolerance_;
+  int dense_from_;
   int products_;
   int64_t first_bad_ = -1;
 };

@@ -5,6 +5,11 @@
 //
 //   F, I     kWidth floats, kWidth int32
 //   Mask     one truth value per lane; bits(mask) gives them as an integer, lane 0 lowest
+//
+//   max_bits   the larger bits, taken as integers without sign: of numbers >= 0 the larger one, but a
+//              negative number (-0 too) or a NaN outdoes them all
+//   compress   writes the lanes of the mask one after another, and their `numbers`: kWidth of each, of
+//              which only the first count; returns how many
 #pragma once
 
 #include <cstdint>
@@ -79,6 +84,12 @@ inline F load_double(const double* p) {
   const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p));
   const __m256 high = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+inline F max_bits(F a, F b) { return as_float(_mm512_max_epu32(as_int(a), as_int(b))); }
+inline int compress(Mask m, F a, I numbers, float* values, int32_t* index) {
+  store(values, _mm512_maskz_compress_ps(m, a));
+  store(index, _mm512_maskz_compress_epi32(m, numbers));
+  return __builtin_popcount(bits(m));
 }
 inline F pairs_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
 inline F pairs_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
@@ -195,6 +206,27 @@ inline F load_bfloat(const uint16_t* p) {
 inline F load_double(const double* p) {
   return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)),
                          _mm256_cvtpd_ps(_mm256_loadu_pd(p)));
+}
+inline F max_bits(F a, F b) { return as_float(_mm256_max_epu32(as_int(a), as_int(b))); }
+
+// The numbers of the set bits of 0 to 255, a byte each.
+struct SetBits {
+  uint64_t of[256] = {};
+  constexpr SetBits() {
+    for (int m = 0; m < 256; ++m)
+      for (int i = 0, n = 0; i < 8; ++i)
+        if (m >> i & 1) of[m] |= static_cast<uint64_t>(i) << 8 * n++;
+  }
+};
+alignas(64) constexpr SetBits kSetBits;
+
+inline int compress(Mask m, F a, I numbers, float* values, int32_t* index) {
+  const uint32_t set = bits(m);
+  const I lanes =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of + set)));
+  store(values, _mm256_permutevar8x32_ps(a, lanes));
+  store(index, _mm256_permutevar8x32_epi32(numbers, lanes));
+  return __builtin_popcount(set);
 }
 inline F pairs_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
 inline F pairs_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
@@ -328,6 +360,20 @@ inline F load_bfloat(const uint16_t* p) { return as_float(I{p[0], p[1], p[2], p[
 inline F load_double(const double* p) {
   return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
            static_cast<float>(p[3])};
+}
+inline F max_bits(F a, F b) {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return select(reinterpret_cast<U>(a) > reinterpret_cast<U>(b), a, b);
+}
+inline int compress(Mask m, F a, I numbers, float* values, int32_t* index) {
+  int n = 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < kWidth; ++i) {
+    values[n] = a[i];
+    index[n] = numbers[i];
+    n -= m[i];
+  }
+  return n;
 }
 
 // v[i] becomes the i-th entries of the four vectors.
