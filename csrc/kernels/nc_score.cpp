@@ -40,6 +40,7 @@ constexpr int kColumnsUpTo = 32;      // classes
 constexpr int kManyClasses = 256;     // from here on most of a line's entries are not dominant
 constexpr int kWord = 64;             // classes whose dominance is noted in one integer
 constexpr int kLengths = 63;          // rows with more dominant entries are not told apart
+constexpr int kVectors = 4;              // staged at once: their sums do not wait for one another
 constexpr int kLine = 64;             // bytes of a cache line
 constexpr int kLineFloats = kLine / 4;
 constexpr int kVectorsOfLine = kLineFloats / kWidth;
@@ -148,13 +149,14 @@ class Scorer {
   int64_t score(int64_t begin, int64_t end) {
     const bool in_place = in_.models == 1 && !in_.logits && in_.dtype == DType::kFloat32 &&
                           in_.class_stride[0] == 1 && !rule_.exact_only;
+    const bool exact_only = rule_.exact_only || (in_.models > 1 && rule_.tau < kLowestMean);
     const int64_t step = block_rows(rule_.classes);
     for (int64_t r = begin; r < end; r += step) {
       const int n = static_cast<int>(end - r < step ? end - r : step);
       if (in_place) {
         walk(static_cast<const float*>(in_.data[0]) + r * in_.row_stride[0], in_.row_stride[0], r,
              n);
-      } else if (!rule_.exact_only && stage(r, n)) {
+      } else if (!exact_only && stage(r, n)) {
         walk(scratch_.staged, rule_.classes, r, n);
       } else {
         for (int i = 0; i < n; ++i) settle(r + i);
@@ -994,33 +996,44 @@ class Scorer {
 
   // Means of `count` entries of some models as float32; returns the lowest entry seen, lane by lane.
   template <typename T>
-  static F convert(const T* const* models, int number, float* out, int64_t count) {
-    const F divisor = broadcast(static_cast<float>(number));
+  __attribute__((noinline)) static F convert(const T* const* models, int number, float* out, int64_t count) {
+    const Mean mean(number);
+    const F negative_zero = broadcast(-0.0f);
     F lowest = broadcast(0.0f);
-    for (int64_t i = 0; i < count; i += kWidth) {
-      const int left = count - i < kWidth ? static_cast<int>(count - i) : kWidth;
-      F total = broadcast(0.0f);
+    constexpr int kStep = kVectors * kWidth;
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) {
+      F total[kVectors];
+#pragma GCC unroll 4
+      for (F& t : total) t = negative_zero;  // plus x is x, be it -0
       for (int model = 0; model < number; ++model) {
-        F x;
-        if (left == kWidth) {
-          prefetch(reinterpret_cast<const char*>(models[model] + i) + kPrefetchBytes);
-          x = load_as_float(models[model] + i);
-        } else {
-          T rest[kWidth] = {};
-          memcpy(rest, models[model] + i, sizeof(T) * static_cast<size_t>(left));
-          x = load_as_float(rest);
+        const T* const entries = models[model] + i;
+#pragma GCC unroll 4
+        for (size_t b = 0; b < kStep * sizeof(T); b += kLine)
+          prefetch(reinterpret_cast<const char*>(entries) + b + kPrefetchBytes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const F x = load_as_float(entries + v * kWidth);
+          lowest = min(lowest, x);
+          total[v] = add(total[v], x);
         }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(out + i + v * kWidth, mean(total[v]));
+    }
+    for (; i < count; i += kWidth) {
+      const int left = count - i < kWidth ? static_cast<int>(count - i) : kWidth;
+      F total = negative_zero;
+      for (int model = 0; model < number; ++model) {
+        T entries[kWidth] = {};
+        memcpy(entries, models[model] + i, sizeof(T) * static_cast<size_t>(left));
+        const F x = load_as_float(entries);
         lowest = min(lowest, x);
-        total = model == 0 ? x : add(total, x);
+        total = add(total, x);
       }
-      const F mean = number == 1 ? total : div(total, divisor);
-      if (left == kWidth) {
-        store(out + i, mean);
-      } else {
-        alignas(64) float rest[kWidth];
-        store(rest, mean);
-        memcpy(out + i, rest, sizeof(float) * static_cast<size_t>(left));
-      }
+      alignas(64) float means[kWidth];
+      store(means, mean(total));
+      memcpy(out + i, means, sizeof(float) * static_cast<size_t>(left));
     }
     return lowest;
   }

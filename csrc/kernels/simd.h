@@ -419,6 +419,28 @@ inline F log2(F x) {  // log2_fast, lane by lane
   return fma(r, fma(top, r4, low), to_float(exponent));
 }
 
+// The quotient by a small whole number, rounded as a division rounds it where it is at least
+// kLowestMean: with y = 1/n rounded and q = x y rounded, the remainder x - n q is exact, and q plus y
+// times it rounds to x / n (Markstein 1990). A division takes several times as long.
+constexpr float kLowestMean = 1e-28f;  // well above 2^-102: no remainder is subnormal
+
+class Mean {
+ public:
+  explicit Mean(int n)
+      : n_(broadcast(static_cast<float>(n))), y_(broadcast(1.0f / static_cast<float>(n))) {}
+  F operator()(F x) const {
+#if defined(GENKL_SIMD_PORTABLE)
+    return div(x, n_);
+#else
+    const F q = mul(x, y_);
+    return fma(fma(sub(broadcast(0.0f), q), n_, x), y_, q);
+#endif
+  }
+
+ private:
+  F n_, y_;
+};
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace
