@@ -43,12 +43,16 @@ inline int64_t task_rows(const Predictions& predictions) {
   return rows < 64 ? 64 : rows / 64 * 64;
 }
 
+// What the calling thread needs beside its rows.
+inline AlignedMemory allocate_scratch(const NcKernel& kernel, const NcRule& rule) {
+  return allocate_aligned(kernel.scratch_bytes(rule.classes, rule.stride));
+}
+
 // Scores rows [begin, end) on the calling thread; first_bad_row becomes the smallest invalid row.
 inline void score_rows(const NcKernel& kernel, const Predictions& predictions, const NcRule& rule,
-                       int64_t begin, int64_t end, const NcOutputs& outputs,
+                       int64_t begin, int64_t end, void* scratch, const NcOutputs& outputs,
                        std::atomic<int64_t>& first_bad_row) {
-  const AlignedMemory scratch = allocate_aligned(kernel.scratch_bytes(rule.classes, rule.stride));
-  const int64_t bad = kernel.score(predictions, rule, begin, end, scratch.get(), outputs);
+  const int64_t bad = kernel.score(predictions, rule, begin, end, scratch, outputs);
   if (bad < 0) return;
   int64_t seen = first_bad_row.load();
   while ((seen < 0 || bad < seen) && !first_bad_row.compare_exchange_weak(seen, bad)) {

@@ -119,7 +119,8 @@ Outputs nc_score(std::vector<Tensor> models, Tensor vectors, Tensor entropies, d
                       tau);
   std::atomic<int64_t> first_bad{-1};
   torch::stable::parallel_for(0, rows, task_rows(predictions), [&](int64_t begin, int64_t end) {
-    score_rows(*kernel, predictions, held.rule, begin, end, outputs, first_bad);
+    const AlignedMemory scratch = allocate_scratch(*kernel, held.rule);
+    score_rows(*kernel, predictions, held.rule, begin, end, scratch.get(), outputs, first_bad);
   });
   *first_bad_row.mutable_data_ptr<int64_t>() = first_bad;
 #endif

@@ -74,16 +74,21 @@ int64_t score_on_threads(const NcKernel& kernel, const Predictions& predictions,
   const int64_t step = task_rows(predictions);
   const int64_t tasks = (rows + step - 1) / step;
   std::atomic<int64_t> next{0}, first_bad_row{-1};
-  const auto work = [&] {
+  const auto work = [&](void* scratch) {
     for (int64_t task = next++; task < tasks; task = next++)
-      score_rows(kernel, predictions, rule, task * step, std::min(rows, (task + 1) * step), outputs,
-                 first_bad_row);
+      score_rows(kernel, predictions, rule, task * step, std::min(rows, (task + 1) * step), scratch,
+                 outputs, first_bad_row);
   };
   std::exception_ptr failure;
+  std::vector<AlignedMemory> scratch;
   std::vector<std::thread> threads;
   try {
-    for (int64_t i = 1; i < std::min<int64_t>(num_threads, tasks); ++i) threads.emplace_back(work);
-    work();
+    scratch.push_back(allocate_scratch(kernel, rule));
+    for (int64_t i = 1; i < std::min<int64_t>(num_threads, tasks); ++i) {
+      scratch.push_back(allocate_scratch(kernel, rule));
+      threads.emplace_back(work, scratch.back().get());
+    }
+    work(scratch[0].get());
   } catch (...) {
     failure = std::current_exception();
     next = tasks;

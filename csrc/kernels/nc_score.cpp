@@ -40,7 +40,7 @@ constexpr int kColumnsUpTo = 32;      // classes
 constexpr int kManyClasses = 256;     // from here on most of a line's entries are not dominant
 constexpr int kWord = 64;             // classes whose dominance is noted in one integer
 constexpr int kLengths = 63;          // rows with more dominant entries are not told apart
-constexpr int kVectors = 4;              // staged at once: their sums do not wait for one another
+constexpr int kVectors = 4;           // staged at once: their sums do not wait for one another
 constexpr int kLine = 64;             // bytes of a cache line
 constexpr int kLineFloats = kLine / 4;
 constexpr int kVectorsOfLine = kLineFloats / kWidth;
@@ -876,6 +876,8 @@ class Scorer {
         for (int i = 0; i < k; ++i) values[i] = to_double(first + i * in_.class_stride[model]);
       } else if constexpr (sizeof(T) == sizeof(double)) {
         memcpy(values, first, sizeof(double) * static_cast<size_t>(k));
+      } else if constexpr (sizeof(T) == sizeof(float)) {
+        for (int i = 0; i < k; ++i) values[i] = static_cast<double>(first[i]);
       } else {
         float* const floats = scratch_.softmax;
         convert(&first, 1, floats, k);
@@ -996,7 +998,8 @@ class Scorer {
 
   // Means of `count` entries of some models as float32; returns the lowest entry seen, lane by lane.
   template <typename T>
-  __attribute__((noinline)) static F convert(const T* const* models, int number, float* out, int64_t count) {
+  __attribute__((noinline)) static F convert(const T* const* models, int number, float* out,
+                                             int64_t count) {
     const Mean mean(number);
     const F negative_zero = broadcast(-0.0f);
     F lowest = broadcast(0.0f);
@@ -1025,9 +1028,14 @@ class Scorer {
       const int left = count - i < kWidth ? static_cast<int>(count - i) : kWidth;
       F total = negative_zero;
       for (int model = 0; model < number; ++model) {
-        T entries[kWidth] = {};
-        memcpy(entries, models[model] + i, sizeof(T) * static_cast<size_t>(left));
-        const F x = load_as_float(entries);
+        F x;
+        if (left == kWidth) {
+          x = load_as_float(models[model] + i);
+        } else {
+          T rest[kWidth] = {};
+          memcpy(rest, models[model] + i, sizeof(T) * static_cast<size_t>(left));
+          x = load_as_float(rest);
+        }
         lowest = min(lowest, x);
         total = add(total, x);
       }
