@@ -257,6 +257,19 @@ def test_one_thread_or_many_the_same_bytes(kernel):
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.parametrize("classes", [8, 14, 33, 50, 101, 300])
+def test_numbers_of_a_row_do_not_depend_on_its_neighbours(classes, kernel):
+    """Rows with few dominant entries and rows with many are walked differently, and in blocks."""
+    rule = rule_of(classes)
+    rng = np.random.default_rng(0)
+    q = np.concatenate([rows_of(classes, 60, i, s) for i, s in enumerate((0.1, 0.6, 1.0, 4.0))])
+    whole = run([q], rule, kernel=kernel)
+    for rows in (np.arange(60), rng.permutation(len(q)), np.array([7]), np.array([200])):
+        part = run([q[rows]], rule, kernel=kernel)
+        for a, b in zip(whole[:5], part[:5], strict=True):
+            assert a[rows].tobytes() == b.tobytes()
+
+
 def test_scoring_from_several_threads():
     rule = rule_of(14)
     q = rows_of(14, 50_000, 5)
@@ -322,6 +335,9 @@ def test_invalid_rows(kernel):
                     agree(run([p], rule, kernel=kernel), [p], rule)
                 good = rows_of(classes, 90, 1)
                 agree(run([good, q], rule, kernel=kernel), [good, q], rule)
+                half, good_half = q.astype(np.float16), good.astype(np.float16)
+                agree(run([half], rule, kernel=kernel), [half], rule)
+                agree(run([half, good_half], rule, kernel=kernel), [half, good_half], rule)
                 agree(run([q], rule, kernel=kernel, logits=True), [q], rule, logits=True)
 
 

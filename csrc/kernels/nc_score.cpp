@@ -4,12 +4,12 @@
 //             One float32 array of probabilities is walked where it lies.
 //   columns   few classes, or rows with many dominant entries: rows side by side in the lanes, one
 //             class after the other
-//   compact   many classes: the few dominant entries of a row are gathered, and their logarithms
-//             multiply rows of the weight matrix, lanes over the uniform-like vectors
+//   compact   more classes: the few dominant entries of a block of rows are gathered, and their
+//             logarithms multiply rows of the weight matrix, lanes over the uniform-like vectors
 //   single    one distinct vector (sigma = 0): lanes over the classes
 //   settle    float64, one row: the definition itself
 //
-// Every walk ends in `emit`, which hands rows too close to call, or invalid, to `settle`.
+// Every walk hands rows too close to call, or invalid, to `settle`.
 #include "nc_score.h"
 
 #include "simd.h"
@@ -33,15 +33,14 @@ inline F load_as_float(const Half* p) { return load_half(&p->bits); }
 inline F load_as_float(const BFloat* p) { return load_bfloat(&p->bits); }
 inline F load_as_float(const double* p) { return load_double(p); }
 
-constexpr int kBlockBytes =
-    64 * 1024;                        // of rows walked as one: what is kept of them stays in cache
-constexpr int kPrefetchBytes = 4096;  // how far ahead of the walk memory is asked for
-constexpr int kColumnsUpTo = 32;      // classes
-constexpr int kManyClasses = 256;     // from here on most of a line's entries are not dominant
-constexpr int kWord = 64;             // classes whose dominance is noted in one integer
-constexpr int kLengths = 63;          // rows with more dominant entries are not told apart
-constexpr int kVectors = 4;           // staged at once: their sums do not wait for one another
-constexpr int kLine = 64;             // bytes of a cache line
+constexpr int kBlockBytes = 64 * 1024;  // rows walked as one: they stay in the second-level cache
+constexpr int kPrefetchBytes = 4096;    // how far ahead of the walk memory is asked for
+constexpr int kColumnsUpTo = 32;        // classes
+constexpr int kManyClasses = 256;       // from here on most of a line's entries are not dominant
+constexpr int kWord = 64;               // classes whose dominance is noted in one integer
+constexpr int kLengths = 63;            // rows with more dominant entries are not told apart
+constexpr int kVectors = 4;             // staged at once: their sums do not wait for one another
+constexpr int kLine = 64;               // bytes of a cache line
 constexpr int kLineFloats = kLine / 4;
 constexpr int kVectorsOfLine = kLineFloats / kWidth;
 constexpr int kMinNormalExponent = 126;  // 2^-126 is the smallest normal float
@@ -1022,7 +1021,8 @@ class Scorer {
         }
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(out + i + v * kWidth, mean(total[v]));
+      for (int v = 0; v < kVectors; ++v)
+        store(out + i + v * kWidth, number == 1 ? total[v] : mean(total[v]));
     }
     for (; i < count; i += kWidth) {
       const int left = count - i < kWidth ? static_cast<int>(count - i) : kWidth;
@@ -1040,7 +1040,7 @@ class Scorer {
         total = add(total, x);
       }
       alignas(64) float means[kWidth];
-      store(means, mean(total));
+      store(means, number == 1 ? total : mean(total));
       memcpy(out + i, means, sizeof(float) * static_cast<size_t>(left));
     }
     return lowest;

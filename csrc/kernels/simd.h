@@ -419,9 +419,10 @@ inline F log2(F x) {  // log2_fast, lane by lane
   return fma(r, fma(top, r4, low), to_float(exponent));
 }
 
-// The quotient by a small whole number, rounded as a division rounds it where it is at least
-// kLowestMean: with y = 1/n rounded and q = x y rounded, the remainder x - n q is exact, and q plus y
-// times it rounds to x / n (Markstein 1990). A division takes several times as long.
+// The quotient by a whole number n up to kMaxModels, rounded as a division rounds it where it is at
+// least kLowestMean: with y = 1/n rounded and q = x y rounded, the remainder x - n q is exact, and q
+// plus y times it rounds to x / n (Markstein 1990; held against the division for every mantissa and
+// every n). Infinity becomes NaN. A division takes several times as long.
 constexpr float kLowestMean = 1e-28f;  // well above 2^-102: no remainder is subnormal
 
 class Mean {

@@ -592,7 +592,9 @@ void run_inputs(const Case& c, const Problem& p, const Predictions& predictions)
                         c.alpha, p.tau);
     Results results(c.rows);
     std::atomic<int64_t> first_bad{-1};
-    score_rows(kNcKernelPortable, predictions, held.rule, 0, c.rows, results.outputs(), first_bad);
+    const AlignedMemory scratch = allocate_scratch(kNcKernelPortable, held.rule);
+    score_rows(kNcKernelPortable, predictions, held.rule, 0, c.rows, scratch.get(),
+               results.outputs(), first_bad);
     results.first_bad_row = first_bad;
     int unused = 0;
     compare("CPU, " + c.name(), c, p, results, false, unused);
