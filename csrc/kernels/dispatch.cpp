@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "nc_score.h"
+#include "scratch.h"
 
 namespace genkl {
 
@@ -35,12 +36,8 @@ bool runs_here(const NcKernel* kernel) {
   return kernel == &kNcKernelPortable;
 }
 
-constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
-
 // Whole lane-vectors of every width, and whole sets of accumulators of the columns walk.
-int rule_stride(int vectors) {
-  return static_cast<int>(round_up(round_up(static_cast<size_t>(vectors), 20), 16));
-}
+int rule_stride(int vectors) { return round_up(round_up(vectors, 20), 16); }
 
 // The number of `precision` significant bits nearest to x > 0 (ties to even), with exponents from
 // `lowest` on; the smallest such number in place of 0.

@@ -12,6 +12,7 @@
 // Every walk hands rows too close to call, or invalid, to `settle`.
 #include "nc_score.h"
 
+#include "scratch.h"
 #include "simd.h"
 
 namespace genkl {
@@ -40,7 +41,6 @@ constexpr int kManyClasses = 256;       // from here on most of a line's entries
 constexpr int kWord = 64;               // classes whose dominance is noted in one integer
 constexpr int kLengths = 63;            // rows with more dominant entries are not told apart
 constexpr int kVectors = 4;             // staged at once: their sums do not wait for one another
-constexpr int kLine = 64;               // bytes of a cache line
 constexpr int kLineFloats = kLine / 4;
 constexpr int kVectorsOfLine = kLineFloats / kWidth;
 constexpr int kMinNormalExponent = 126;  // 2^-126 is the smallest normal float
@@ -49,24 +49,6 @@ constexpr float kLowest = -3.402823466e38f;
 // accumulators, two for each of kColumnsVectors, fill the register file.
 constexpr int kColumnsRows = 2 * kWidth;
 constexpr int kColumnsVectors = kWidth == 16 ? 10 : 5;
-
-constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
-
-// Cuts a thread's scratch memory into arrays of whole cache lines.
-class Carver {
- public:
-  explicit Carver(uintptr_t memory) : next_(memory) {}
-  template <typename T>
-  T* take(size_t count) {
-    const uintptr_t here = next_;
-    next_ += round_up(count * sizeof(T), kLine);
-    return reinterpret_cast<T*>(here);
-  }
-  uintptr_t next() const { return next_; }
-
- private:
-  uintptr_t next_;
-};
 
 int block_rows(int classes) {
   const int rows = kBlockBytes / 4 / classes;
@@ -107,7 +89,7 @@ struct Scratch {
     sums = carver.take<float>(static_cast<size_t>(stride) * kColumnsRows);
     row = carver.take<double>(k);
     classes = carver.take<int32_t>(k);
-    exps = carver.take<double>(round_up(k, kSumLanes));
+    exps = carver.take<double>(round_up<size_t>(k, kSumLanes));
     cross = carver.take<double>(static_cast<size_t>(stride));
     softmax = carver.take<float>(k);
   }
@@ -193,7 +175,7 @@ class Scorer {
       const float* row[kColumnsRows];
       for (int i = 0; i < kColumnsRows; ++i) row[i] = rows + (r + (i < present ? i : 0)) * stride;
       const char* ahead = reinterpret_cast<const char*>(row[0]) + kPrefetchBytes;
-      for (int64_t b = 0; b < kColumnsRows * stride * 4; b += kLine) prefetch(ahead + b);
+      for (int64_t b = 0; b < kColumnsRows * stride * 4; b += int64_t{kLine}) prefetch(ahead + b);
       Group g[2];
       columns_groups(row, g);
       emit(g[0], first_row + r, nullptr, present < kWidth ? present : kWidth);
@@ -959,7 +941,7 @@ class Scorer {
   // Softmax of a row of logits; `values` is overwritten and padded to whole kSumLanes.
   void softmax(double* values, float* q) {
     const int k = rule_.classes;
-    const int padded = static_cast<int>(round_up(static_cast<size_t>(k), kSumLanes));
+    const int padded = static_cast<int>(round_up<size_t>(k, kSumLanes));
     const double highest = highest_of(values, k);
     for (int i = 0; i < k; ++i) values[i] = exp_exact(values[i] - highest);
     for (int i = k; i < padded; ++i) values[i] = 0.0;

@@ -5,6 +5,7 @@
 
 #include "nc_score.h"
 #include "resample.h"
+#include "scratch.h"
 
 namespace genkl {
 
@@ -22,8 +23,6 @@ const ResampleKernel* const kBuilt[] = {
     &kResampleKernelPortable};
 
 constexpr int kMaxPrecision = 22;
-
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The triangle of a dimension, moved from pixel to pixel. The order of every operation is that of
 // PyTorch: its weights are reached to the last bit.
@@ -110,22 +109,6 @@ int find_precision(const Triangle& triangle, int64_t resized) {
   return precision_for(largest);
 }
 
-// Cuts scratch memory into arrays of whole cache lines.
-class Carver {
- public:
-  explicit Carver(uintptr_t memory) : next_(memory) {}
-  template <typename T>
-  T* take(int64_t count) {
-    const uintptr_t here = next_;
-    next_ += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return reinterpret_cast<T*>(here);
-  }
-  uintptr_t next() const { return next_; }
-
- private:
-  uintptr_t next_;
-};
-
 Taps lay_out_taps(Carver& carver, const Span& span, int64_t padded_count) {
   Taps taps;
   const int64_t pairs = (Triangle(span).max_taps() + 1) / 2;
@@ -172,9 +155,11 @@ void fill_taps(Taps& taps, const Span& span, int64_t source_first, bool reversed
 ResamplePlan lay_out(const Resampling& job, Carver& carver) {
   ResamplePlan plan;
   plan.rows = lay_out_taps(carver, job.rows, job.rows.count);
-  plan.columns = lay_out_taps(carver, job.columns, round_up(job.columns.count, kColumnGroup));
+  plan.columns =
+      lay_out_taps(carver, job.columns, round_up<int64_t>(job.columns.count, kColumnGroup));
   // A group of columns is stored as 16 bytes, of which 12 are its own.
-  plan.line_stride = round_up(3 * round_up(job.columns.count, kColumnGroup) + 4, kLineStep);
+  plan.line_stride =
+      round_up<int64_t>(3 * round_up<int64_t>(job.columns.count, kColumnGroup) + 4, kLineStep);
   plan.ring = 2 * plan.rows.pairs + kRowGroup;
   plan.lines = carver.take<uint8_t>(plan.ring * plan.line_stride);
   plan.line = carver.take<uint8_t>(plan.line_stride + 32);
@@ -207,7 +192,7 @@ ResamplePlan plan_resampling(const Resampling& job, void* memory) {
   ResamplePlan plan = lay_out(job, carver);
   fill_taps(plan.rows, job.rows, job.source_y, false, job.rows.count, plan.heights);
   fill_taps(plan.columns, job.columns, job.source_x, job.flip,
-            round_up(job.columns.count, kColumnGroup), plan.heights);
+            round_up<int64_t>(job.columns.count, kColumnGroup), plan.heights);
   return plan;
 }
 
