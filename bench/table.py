@@ -213,7 +213,10 @@ def _command_page(result: Result) -> str:
 
 def _loading_page(result: Result) -> str:
     workers = sorted({c["workers"] for c in result["cells"]})
-    note = "Grey levels: distance from torchvision's pixels, 0 to 255.\n"
+    note = (
+        "Error: mean and largest distance from torchvision's pixels, in grey levels (0 to 255), of "
+        "the first batch. DALI's centre window may lie one pixel beside torchvision's.\n"
+    )
     parts = [f"## {n} processor{'s' if n > 1 else ''}\n\n{_loading(result, n)}" for n in workers]
     return note + "\n" + "\n".join(parts)
 
@@ -221,7 +224,7 @@ def _loading_page(result: Result) -> str:
 def _loading(result: Result, workers: int) -> str:
     cells = [c for c in result["cells"] if c["workers"] == workers]
     ours = next(c["images_per_second"] for c in cells if c["candidate"] == "genkl_ext")
-    header = ["candidate", "img/s", "per core", "genkl_ext is faster by", "mean", "max grey levels"]
+    header = ["candidate", "img/s", "per core", "ours / it", "mean error", "largest error"]
     lines = [
         [
             c["candidate"],
@@ -245,7 +248,7 @@ def _loading_block(result: Result) -> str:
     made = [c for c in result["cells"] if not c["candidate"].startswith("decode only")]
     title = (
         f"JPEG files to normalised 224 x 224 tensors, {every} processors, "
-        f"{result['settings']['images']} images. {_machine(result)}\n\n"
+        f"{result['settings']['count']:,} files. {_machine(result)}\n\n"
     )
     return title + _loading({**result, "cells": made}, every)
 
