@@ -157,6 +157,7 @@ def bare_dali(paths: list[str], workers: int) -> Callable[[], Batches]:
         return fn.crop_mirror_normalize(
             pixels,
             crop=(224, 224),
+            rounding="truncate",  # else the window lies a pixel beside torchvision's
             mean=[255 * m for m in t.mean],
             std=[255 * s for s in t.std],
             output_layout="CHW",
