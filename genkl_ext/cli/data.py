@@ -15,7 +15,7 @@ _SHOWN = 10  # missing files that are named
 def info(
     source: str,
     *,
-    root: Path | None = None,
+    root: str | None = None,
     check_files: bool = False,
     ledger: Path | None = None,
     save: Path | None = None,
@@ -29,7 +29,7 @@ def info(
 
     Args:
         source: folder, file or URL
-        root: folder that holds the images of a table or manifest, if not where it says
+        root: folder or URL that holds the images of a table or manifest, if not where it says
         check_files: look whether every image is there; exit status 1 if one is not
         ledger: what genkl scan wrote; its broken images are counted
         save: Parquet file to write the manifest to

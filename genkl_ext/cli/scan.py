@@ -23,7 +23,7 @@ _SHOWN = 5
 
 
 def scan(
-    source: Path,
+    source: str,
     *,
     ledger: Path = Path("ledger.parquet"),
     layout: Literal["auto", "clothing1m", "food101n", "webvision", "folder", "files"] = "auto",
@@ -40,7 +40,8 @@ def scan(
     goes on where it was when it is started again; a finished one scans again.
 
     Args:
-        source: a manifest, a table with a path column, the folder of a data set, or any folder
+        source: a manifest, a table with the columns path and label (or its URL), the folder of a
+            data set, or any folder
         ledger: Parquet file to write, one row per broken image
         layout: of the folder; "files": every image file in it; "auto": what it looks like, else
             "files"
@@ -55,7 +56,7 @@ def scan(
     """
     if threads is not None and threads < 1:
         raise UsageError("--threads must be at least 1")
-    if ledger.exists() and source.is_file() and ledger.samefile(source):
+    if ledger.exists() and os.path.isfile(source) and ledger.samefile(source):
         raise UsageError("--ledger must be another file than the manifest")
     manifest = _manifest(source, layout)
     limits = Limits(max_pixels=round(max_megapixels * 1e6), min_side=min_side)
@@ -65,7 +66,7 @@ def scan(
     return 1 if fail_on_broken and len(done.ledger) else 0
 
 
-def _manifest(source: Path, layout: str) -> Manifest:
+def _manifest(source: str, layout: str) -> Manifest:
     if layout == "files":
         return files_below(source)
     if layout != "auto":
@@ -74,9 +75,18 @@ def _manifest(source: Path, layout: str) -> Manifest:
     try:
         return layouts.read(source)
     except ValueError:
-        if not source.is_dir():
+        if not _is_any_folder(source):
             raise
         return files_below(source)
+
+
+def _is_any_folder(source: str) -> bool:
+    """Whether it is a folder without the lists of a data set; one of mere folders looks like one
+    of classes, with images in them or not."""
+    try:
+        return layouts.detect(source) == "folder"
+    except ValueError:
+        return os.path.isdir(source)
 
 
 @contextmanager

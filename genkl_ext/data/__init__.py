@@ -2,6 +2,7 @@
 
     manifest.py    Manifest: one row per image, with key, path, given label, split
     layouts/       folders as they are published or kept -> Manifest
+    folders.py     what is odd in people's folders
     published.py   the side files of the published programs: NC lists, class ratios, weights
     examples.py    miniatures of the data sets, in their layouts
     transforms.py  Transforms: from a picture to the input of a network, said once

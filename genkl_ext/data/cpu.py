@@ -113,26 +113,27 @@ class Buffers:
     """Memory for batches, used again when nobody holds the batch any more.
 
     A fresh batch of some 40 MB costs its page faults, which is a tenth of the time to fill it.
+    Pinned memory is left to torch's own cache, which knows of copies that are still under way.
     """
 
-    def __init__(self, output: Output, size: int) -> None:
+    def __init__(self, output: Output, size: int, spare: int = 4) -> None:
         self._output = output
         self._size = size
-        self._free: deque[Any] = deque()
+        self._dtype = torch.from_numpy(np.empty(0, _STORED[output.kind])).dtype
+        self._free: deque[Any] = deque(maxlen=spare)
 
     def batch(self, n: int) -> tuple[NDArray[Any], torch.Tensor]:
-        """(n, 3, size, size) with the layout of the output: to be filled, and as a tensor."""
-        try:
-            memory = self._free.popleft()
-        except IndexError:
-            memory = None
+        """(n, 3, size, size) with the layout of the output: to be filled, and as a tensor.
+
+        The array does not keep the memory from being used again; only the tensor does.
+        """
         count = n * 3 * self._size**2
-        if memory is None or len(memory) < count:
-            dtype = torch.from_numpy(np.empty(0, _STORED[self._output.kind])).dtype
-            memory = torch.empty(count, dtype=dtype, pin_memory=self._output.pin_memory).numpy()
-        lease = memory[:count]  # an object of its own: the tensor's storage keeps it alive
-        weakref.finalize(lease, self._free.append, memory)
-        tensor = torch.from_numpy(lease)
+        if self._output.pin_memory:
+            tensor = torch.empty(count, dtype=self._dtype, pin_memory=True)
+            lease = tensor.numpy()
+        else:
+            lease = self._lease(count)
+            tensor = torch.from_numpy(lease)
         if self._output.kind != "uint8":
             tensor = tensor.view(getattr(torch, self._output.kind))
         side = self._size
@@ -140,6 +141,17 @@ class Buffers:
             array = lease.reshape(n, side, side, 3).transpose(0, 3, 1, 2)
             return array, tensor.view(n, side, side, 3).permute(0, 3, 1, 2)
         return lease.reshape(n, 3, side, side), tensor.view(n, 3, side, side)
+
+    def _lease(self, count: int) -> NDArray[Any]:
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) < count:
+            memory = torch.empty(count, dtype=self._dtype).numpy()
+        lease = memory[:count]  # an object of its own: the tensor's storage keeps it alive
+        weakref.finalize(lease, self._free.append, memory).atexit = False
+        return lease
 
 
 class CpuEngine:
@@ -194,5 +206,6 @@ class CpuEngine:
                 self._local.maker.make(job.paths[i], job.draws[i], array[i])
             except BrokenImage as error:
                 array[i] = 0
-                broken[i] = error
+                # Without its traceback, which would keep the file's bytes.
+                broken[i] = BrokenImage(error.reason, error.detail)
         return broken

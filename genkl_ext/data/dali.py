@@ -4,10 +4,10 @@ Threads read the files, look at the JPEG headers and work out where each output'
 (``Transforms.geometry``); DALI is fed bytes and numbers and only executes. So the images are those
 of the CPU engine up to rounding, whatever DALI's random numbers are.
 
-DALI gets JPEG files whose header is sound and whose end is there. Every other picture is made by
-the CPU engine's ``ImageMaker``, and a tiny one takes its place in DALI's batch. When DALI fails, as
-it does on damage that no header shows, it loses the whole batch: that batch is made again by
-``ImageMaker``, so only the broken pictures are lost.
+DALI gets upright grey and colour JPEG files whose header is sound and whose end is there. Every
+other picture is made by the CPU engine's ``ImageMaker``, and a tiny one takes its place in DALI's
+batch. When DALI fails, as it does on damage that no header shows, it loses the whole batch: that
+batch is made again by ``ImageMaker``, so only the broken pictures are lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from PIL import Image
 
 from .cpu import Buffers, ImageMaker, Job, Made, Output
-from .decode import BrokenImage, Limits, jpeg_header, read
+from .decode import PROGRESSIVE, SEQUENTIAL, BrokenImage, Limits, jpeg_header, read
 from .transforms import Geometry, Transforms
 
 
@@ -39,7 +39,6 @@ class Sample:
 
     jpeg: TensorCPU
     geometry: Geometry
-    upright: bool  #: without EXIF orientation
 
 
 # What becomes of a file: work for DALI, or already an image, or why there is none.
@@ -61,6 +60,7 @@ def define(transforms: Transforms, output: Output, on_gpu: bool) -> Any:
         start=number("start", DALIDataType.INT32),
         shape=number("shape", DALIDataType.INT32),
         axis_names="HW",
+        adjust_orientation=False,  # only upright pictures come here
         jpeg_fancy_upsampling=True,  # chroma as on the CPU
     )
     if transforms.rotation:
@@ -104,10 +104,6 @@ def numbers(samples: list[Sample], rotation: bool) -> dict[str, NDArray[Any]]:
     reach = np.maximum(scale, 1) + 2
     start = np.maximum(np.floor(low - reach), 0)
     end = np.minimum(np.ceil(high + reach), full)
-    if not rotation:
-        # A picture that DALI turns as its EXIF orientation says is taken whole.
-        upright = np.array([[sample.upright] for sample in samples])
-        start, end = np.where(upright, start, 0), np.where(upright, end, full)
     inputs = {
         "start": np.zeros_like(start) if rotation else start,
         "shape": full if rotation else end - start,
@@ -154,7 +150,7 @@ def _placeholder(size: int) -> Sample:
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     window = (0, 0, size, size)
     where = Geometry(0.0, (16, 16), (size, size), window, (size, size), False)
-    return Sample(TensorCPU(buffer.getvalue()), where, True)
+    return Sample(TensorCPU(buffer.getvalue()), where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,18 +262,18 @@ class DaliEngine:
         if (
             header is None
             or not header.complete
+            or header.orientation != 1
+            or header.frame not in (*SEQUENTIAL, PROGRESSIVE)
+            or header.components not in (1, 3)
             or header.height * header.width > self._limits.max_pixels
             or min(header.height, header.width) < self._limits.min_side
         ):
             return self._make(path, draws)
-        size = header.height, header.width
-        if header.orientation >= 5:  # a quarter turn
-            size = size[::-1]
         try:
-            where = self._transforms.geometry(*size, draws)
+            where = self._transforms.geometry(header.height, header.width, draws)
         except BrokenImage as error:
             return error
-        return Sample(TensorCPU(data), where, header.orientation == 1)
+        return Sample(TensorCPU(data), where)
 
     def _make(self, path: str, draws: NDArray[np.float64]) -> torch.Tensor | BrokenImage:
         """An image made on this thread, as the CPU engine makes it."""

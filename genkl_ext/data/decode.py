@@ -18,6 +18,7 @@ What no decoder tells: damage inside a JPEG's compressed data leaves wrong pixel
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import stat
@@ -51,9 +52,12 @@ class BrokenImage(Exception):
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # what unpickling calls it with
         self.reason: Reason = reason
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,8 @@ def read(path: str | os.PathLike[str], limits: Limits = Limits()) -> bytes:
     Raises:
         BrokenImage: missing, unreadable, empty or too many bytes. What is no regular file (a pipe
             would block for ever) is "not an image".
+        OSError: this process has no more memory or file descriptors; no fault of the file.
+        ImportError: the store's package is not installed.
     """
     if "://" in str(path):
         return _read_remote(str(path), limits)
@@ -90,7 +96,11 @@ def read(path: str | os.PathLike[str], limits: Limits = Limits()) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise BrokenImage("missing", "there is no such file") from None
     except OSError as error:
+        if error.errno in _OWN_FAULTS:
+            raise
         raise BrokenImage("unreadable", os.strerror(error.errno or 0)) from error
+    except ValueError as error:  # a NUL in the path
+        raise BrokenImage("unreadable", str(error)) from error
     data = parts[0] if len(parts) == 1 else b"".join(parts)
     _check_bytes(len(data), limits)
     return data
@@ -104,8 +114,10 @@ def _read_remote(url: str, limits: Limits) -> bytes:
             data: bytes = file.read(limits.max_bytes + 1)
     except FileNotFoundError:
         raise BrokenImage("missing", "there is no such object") from None
-    except OSError as error:
-        raise BrokenImage("unreadable", str(error) or type(error).__name__) from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # every store has errors of its own
+        raise BrokenImage("unreadable", f"{type(error).__name__}: {error}") from error
     _check_bytes(len(data), limits)
     return data
 
@@ -115,6 +127,19 @@ def _check_bytes(size: int, limits: Limits) -> None:
         raise BrokenImage("empty", "the file has no bytes")
     if size > limits.max_bytes:
         raise BrokenImage("too many bytes", f"{size:,} bytes, more than {limits.max_bytes:,}")
+
+
+SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2  # markers of frame headers
+
+# Encoders write some ten scans. A file can hold millions, each of which costs a pass over all
+# coefficients: hours of work in a megabyte. The largest pictures get the fewest, and take seconds.
+MAX_SCANS = 100
+_LARGE_MAX_SCANS = 20
+_MAX_SCANNED_PIXELS = 400_000_000
+_MAX_MARKERS = 4096  # before the first scan; real files have some ten to a hundred
+
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_MAX_KEPT_BYTES = 1 << 26  # of the buffer that a decoder uses again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +163,9 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    position, orientation, frame = 2, 1, None
+    position, orientation, frame = 2, None, None
     try:
-        while True:
+        for _ in range(_MAX_MARKERS):
             if data[position] != 0xFF:
                 raise BrokenImage("corrupt", f"no JPEG marker at byte {position}")
             marker = data[position + 1]
@@ -156,10 +181,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             if length < 2 or marker in (0xD8, 0xD9, 0x00):
                 raise BrokenImage("corrupt", f"JPEG marker {marker:#04x} at byte {position - 2}")
             if marker == 0xE1 and data[position + 2 : position + 8] == b"Exif\0\0":
-                orientation = _orientation(data[position + 8 : position + length])
+                if orientation is None:  # the first block counts
+                    orientation = _orientation(data[position + 8 : position + length])
             elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 frame = marker, *struct.unpack_from(">HHB", data, position + 3)
             position += length
+        else:
+            raise BrokenImage("corrupt", f"more than {_MAX_MARKERS:,} markers before the picture")
     except (IndexError, struct.error):
         raise BrokenImage("truncated", f"the JPEG header ends at byte {len(data)}") from None
     if frame is None:
@@ -167,13 +195,47 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     kind, height, width, components = frame
     if not height or not width:
         raise BrokenImage("corrupt", f"the JPEG header says {width} x {height} pixels")
+    if kind not in SEQUENTIAL or data[position + 2 : position + 3] != bytes([components]):
+        scans = data.count(b"\xff\xda", position - 2)
+        most = max(_LARGE_MAX_SCANS, min(MAX_SCANS, _MAX_SCANNED_PIXELS // (height * width)))
+        if scans > most:
+            raise BrokenImage("corrupt", f"{scans:,} scans, more than {most}")
     complete = data.rfind(b"\xff\xd9", position) >= 0
-    return JpegHeader(height, width, orientation, complete, kind, components, position - 2)
+    return JpegHeader(height, width, orientation or 1, complete, kind, components, position - 2)
+
+
+def _exif_orientation(data: bytes) -> int:
+    """EXIF orientation of a PNG, WebP or TIFF file; 1 for other kinds."""
+    if data[:4] in _TIFF_ORDERS:
+        return _orientation(data)
+    if data.startswith(b"\x89PNG"):
+        block = data[start + 4 :] if (start := data.find(b"eXIf")) >= 0 else b""
+    elif data[8:12] == b"WEBP":
+        block = data[start + 8 :] if (start := data.find(b"EXIF")) >= 0 else b""
+    else:
+        return 1
+    return _orientation(block.removeprefix(b"Exif\0\0"))
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """The picture upright; a copy, unless it is so already."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+_TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 
 
 def _orientation(tiff: bytes) -> int:
     """Tag 0x0112 of the first directory of an EXIF block; 1 if there is none or it is invalid."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    order = _TIFF_ORDERS.get(tiff[:4])
     if order is None:
         return 1
     try:
@@ -254,10 +316,11 @@ class Decoder:
             backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
             options="libjpeg_turbo_decoder:fast_idct=1" if fast_idct else "",
         )
-        srgb = nvimgcodec.ColorSpec.SRGB
-        self._rgb = nvimgcodec.DecodeParams(color_spec=srgb)
-        # Regions are of upright pictures; what nvImageCodec makes of a torn EXIF block may differ.
-        self._as_it_lies = nvimgcodec.DecodeParams(color_spec=srgb, apply_exif_orientation=False)
+        # Pictures are turned here: with several EXIF blocks, nvImageCodec sizes the output by one
+        # and turns by another, past the end of its memory.
+        self._params = nvimgcodec.DecodeParams(
+            color_spec=nvimgcodec.ColorSpec.SRGB, apply_exif_orientation=False
+        )
         self._buffer: Any = None
         self._data = b""
 
@@ -288,7 +351,8 @@ class Decoder:
             ):
                 return Picture(*size, None, stream, self)
             try:
-                pixels = self._decode(stream, self._rgb)
+                orientation = _exif_orientation(data) if header is None else header.orientation
+                pixels = _turned(self._decode(stream), orientation)
             except BrokenImage:  # or a variant of PNG, BMP, TIFF that Pillow knows
                 pixels = self._decode_with_pillow(data)
         return Picture(pixels.shape[0], pixels.shape[1], pixels, None, self)
@@ -303,7 +367,7 @@ class Decoder:
 
     def _decode_region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Pixels:
         region = self._codec.Region(top, left, bottom, right)
-        return self._decode(stream.get_sub_code_stream(region=region), self._as_it_lies)
+        return self._decode(stream.get_sub_code_stream(region=region))
 
     def _decode_reduced(self, factor: int, height: int, width: int) -> Pixels | None:
         import simplejpeg
@@ -318,12 +382,13 @@ class Decoder:
             return None
         return pixels if pixels.shape[:2] == (height, width) else None
 
-    def _decode(self, stream: Any, params: Any) -> Pixels:
-        image = self._decoder.decode(stream, image=self._buffer, params=params)
+    def _decode(self, stream: Any) -> Pixels:
+        image = self._decoder.decode(stream, image=self._buffer, params=self._params)
         if image is None:
             raise why_broken(self._data)
-        self._buffer = image
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        self._buffer = image if pixels.nbytes <= _MAX_KEPT_BYTES else None
+        return pixels
 
     def _decode_with_pillow(self, data: bytes) -> Pixels:
         from PIL import Image, ImageOps
@@ -334,7 +399,7 @@ class Decoder:
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 self._check_size(image.height, image.width)
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except BrokenImage:
+        except (BrokenImage, MemoryError):
             raise
         except Image.DecompressionBombError as error:
             raise BrokenImage("too many pixels", str(error)) from None

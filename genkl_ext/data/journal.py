@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_TRIES = 100  # to lock a file that others keep removing
+
 
 class Journal:
     """An open journal; only one process at a time has it.
@@ -33,9 +35,8 @@ class Journal:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file = _open_locked(path)
         try:
-            self._lock()
             found, size = _read(path)
             mine = bool(found) and found[0] == about
             self.parts: list[Any] = found[1:] if mine else []
@@ -56,7 +57,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: the job is done."""
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Journal:
         return self
@@ -69,13 +70,24 @@ class Journal:
     ) -> None:
         os.close(self._file)
 
-    def _lock(self) -> None:
+
+def _open_locked(path: Path) -> int:
+    """The open file, made if it is not there, which no other process has."""
+    for _ in range(_TRIES):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have removed it since it was opened: the lock would be on nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
         except BlockingIOError:
-            raise OSError(f"{self._path} is in use by another process at work on it") from None
+            os.close(file)
+            break
         except OSError:
-            pass  # some network file systems have no locks
+            return file  # some network file systems have no locks
+        os.close(file)
+    raise OSError(f"{path} is in use by another process at work on it")
 
 
 def _line(part: Any) -> bytes:

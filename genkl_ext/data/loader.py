@@ -9,18 +9,22 @@
 
 Every row of the split comes exactly once in an epoch, over all ranks together, without padding.
 What a batch holds depends on seed, epoch, batch size and ranks only: not on threads, and not on
-whether an epoch was interrupted and taken up again.
+whether an epoch was interrupted and taken up again. (A GPU's pixels differ a little from a CPU's.)
 
 What happens to an image that cannot be used (``on_error``):
 
     raise     the first one ends the epoch with ``ImageError``
-    skip      it is left out, its batch is smaller; ``loader.failures`` lists it
+    skip      it is left out, its batch is smaller; ``loader.failures`` lists it. A batch that loses
+              all of its images is passed over, or, with several ranks, given out with none, so that
+              the ranks stay in step
     report    it keeps its place with a blank image, and ``batch["ok"]`` is False there
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import os
 import warnings
 from collections import deque
@@ -63,10 +67,11 @@ class ImageError(Exception):
     """An image could not be used and ``on_error`` is "raise"; ``failure`` says which and why."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(
-            f"cannot use the image of {failure}; on_error='skip' leaves such images out"
-        )
+        super().__init__(failure)  # what unpickling calls it with
         self.failure = failure
+
+    def __str__(self) -> str:
+        return f"cannot use the image of {self.failure}; on_error='skip' leaves such images out"
 
 
 class Loader:
@@ -105,6 +110,7 @@ class Loader:
         self._prefetch = prefetch
         self._make_engine = make_engine
         self._idle_engine: Any = None
+        self._owner = 0  # the process that it belongs to
         self._length = num_batches(len(rows), batch_size, shard[1], drop_last)
         self._done = 0  # batches given out in this epoch
         self._next = (0, 0)  # epoch and first batch of the next loop
@@ -119,7 +125,7 @@ class Loader:
         self.epoch, self._done = epoch, start
         order = epoch_order(self._rows, self._shuffle, self._seed, epoch)
         todo = iter(shard_batches(order, self.batch_size, self._shard, self._drop_last)[start:])
-        engine, self._idle_engine = self._idle_engine or self._make_engine(), None
+        engine = self._take_engine()
         begun: deque[tuple[NDArray[np.int64], list[str]]] = deque()
 
         def begin(rows: NDArray[np.int64]) -> None:
@@ -130,7 +136,7 @@ class Loader:
             begun.append((rows, paths))
 
         known = len(self._failures)
-        finished = False
+        held = True
         try:
             for rows in islice(todo, self._prefetch):
                 begin(rows)
@@ -141,20 +147,31 @@ class Loader:
                     begin(following)
                 batch = self._batch(rows, paths, made)
                 self._done += 1
-                if len(batch["row"]):
+                if not begun:
+                    # Before the last batch is given out: who knows the length asks for no more.
+                    self._idle_engine, self._owner, held = engine, os.getpid(), False
+                    self._warn(known)
+                if len(batch["row"]) or self._shard[1] > 1:
                     yield batch
-            finished = True
         finally:
-            if finished:
-                self._idle_engine = engine
-            else:
+            if held:
                 engine.close()
-        if self.on_error == "skip" and len(self._failures) > known:
-            new = list(self._failures.values())[known:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle_engine": None}
+
+    def _take_engine(self) -> Any:
+        engine, self._idle_engine = self._idle_engine, None
+        # A forked process has the engine of its parent, but none of its threads.
+        return engine if engine and self._owner == os.getpid() else self._make_engine()
+
+    def _warn(self, known: int) -> None:
+        new = self.failures[known:]
+        if self.on_error == "skip" and new:
             warnings.warn(
                 f"make_loader: {len(new)} images could not be used and were left out, first "
                 f"{new[0]}; loader.failures lists them",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @property
@@ -165,6 +182,7 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         """The next loop is this epoch, from its first batch."""
         self._next = (epoch, 0)
+        self.epoch, self._done = self._next
 
     def state_dict(self) -> dict[str, Any]:
         """The position: so many batches of an epoch have been given out. Plain numbers and text."""
@@ -184,18 +202,19 @@ class Loader:
                 )
         epoch, batches = state["epoch"], state["batches"]
         self._next = (epoch + 1, 0) if batches >= len(self) else (epoch, batches)
+        self.epoch, self._done = self._next
 
     def close(self) -> None:
-        """End the threads. A later loop starts new ones."""
-        if self._idle_engine is not None:
-            self._idle_engine.close()
-            self._idle_engine = None
+        """End the threads that wait between two loops. A later loop starts new ones."""
+        engine, self._idle_engine = self._idle_engine, None
+        if engine is not None and self._owner == os.getpid():
+            engine.close()
 
     def _settings(self) -> dict[str, Any]:
         """What decides which rows a batch holds."""
         return {
             "manifest": self.manifest.fingerprint,
-            "images": len(self._rows),
+            "rows": hashlib.blake2b(self._rows.tobytes(), digest_size=16).hexdigest(),
             "batch_size": self.batch_size,
             "shuffle": self._shuffle,
             "seed": self._seed,
@@ -237,7 +256,7 @@ def make_loader(
     transforms: Transforms,
     batch_size: int,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     shuffle: bool = False,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -274,7 +293,8 @@ def make_loader(
             normalised by :meth:`Transforms.affine`'s scale and shift on another device.
         channels_last: memory format of the images; their shape stays (n, 3, size, size).
         pin_memory: batches made on the CPU lie in pinned memory, for fast copies to a GPU.
-        threads: that read and decode; by default as many as this process has processors.
+        threads: that read and decode; by default as many as this process has processors. With
+            several ranks on a machine, give each its share.
         prefetch: batches that are made ahead.
         fast: trade exact pixels for speed: libjpeg-turbo's fast inverse transform, and on the CPU
             JPEG files of at least twice the size wanted are decoded at a half, a quarter or an
@@ -283,7 +303,8 @@ def make_loader(
 
     Returns:
         A loader of dictionaries: "image" (n, 3, size, size); "row" (n,) int64 on the CPU, rows of
-        ``manifest``; "label" (n,) int64; with on_error="report" also "ok" (n,) bool.
+        ``manifest`` (give ``manifest.split("train")`` and split None for rows of that split);
+        "label" (n,) int64; with on_error="report" also "ok" (n,) bool.
 
     Raises:
         ValueError, TypeError: a setting outside its range; with the setting.
@@ -299,6 +320,10 @@ def make_loader(
     for name, value in (("batch_size", batch_size), ("prefetch", prefetch), ("threads", threads)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"{where}: seed must be an integer of at least 0, got {seed!r}")
+    if pin_memory and not torch.cuda.is_available():
+        raise ValueError(f"{where}: pin_memory must be False on a machine without GPU, got True")
     rank, ranks = shard
     if not 0 <= rank < ranks:
         raise ValueError(f"{where}: shard must be (rank, ranks) with rank < ranks, got {shard}")
@@ -309,16 +334,7 @@ def make_loader(
         known = ledger if isinstance(ledger, Ledger) else Ledger.load(ledger)
         rows = np.setdiff1d(rows, known.rows_in(manifest), assume_unique=True)
     output = Output(_DTYPES[dtype], channels_last, pin_memory)
-    device_id = _device_id(device)
-
-    def engine() -> Any:
-        if device_id is None:
-            return CpuEngine(transforms, output, limits, threads, fast)
-        from .dali import DaliEngine
-
-        return DaliEngine(
-            transforms, output, limits, threads, batch_size, device_id, max(1, prefetch - 1)
-        )
+    device_id = _device_id(str(device))
 
     return Loader(
         manifest,
@@ -326,13 +342,34 @@ def make_loader(
         transforms,
         batch_size,
         shuffle=shuffle,
-        seed=seed,
+        seed=int(seed),
         shard=shard,
         drop_last=drop_last,
         on_error=on_error,
         prefetch=prefetch,
-        make_engine=engine,
+        make_engine=functools.partial(
+            _engine, transforms, output, limits, threads, batch_size, prefetch, device_id, fast
+        ),
     )
+
+
+def _engine(
+    transforms: Transforms,
+    output: Output,
+    limits: Limits,
+    threads: int,
+    batch_size: int,
+    prefetch: int,
+    device_id: int | None,
+    fast: bool,
+) -> Any:
+    """What makes the batches."""
+    if device_id is None:
+        return CpuEngine(transforms, output, limits, threads, fast)
+    from .dali import DaliEngine
+
+    depth = max(1, prefetch - 1)
+    return DaliEngine(transforms, output, limits, threads, batch_size, device_id, depth)
 
 
 def _device_id(device: str) -> int | None:

@@ -18,6 +18,7 @@ kind         dictionary<string>   what a source says the picture is; for judging
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..files import atomic_write
 from ..relabel import class_ratio
+from .folders import by_name, is_file
 
 PathLike = str | os.PathLike[str]
 
@@ -55,6 +57,7 @@ RATIO_SPLITS = {
     "food101n": ("train", "clean", "val"),
     "webvision": ("train",),
 }
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _NOT_BELOW_ROOT = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
 
 
@@ -68,6 +71,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+    @classmethod
+    def of_names(cls, odd: Sequence[str]) -> tuple[Problem, ...]:
+        """The problem of files left out because their names are not UTF-8; none without such."""
+        what = f"{len(odd):,} files whose name is not UTF-8, first {min(odd, default='')!r}"
+        return (cls(".", what, len(odd)),) if odd else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -497,11 +506,17 @@ def _feed(digest: Any, column: pa.ChunkedArray) -> None:
 
 
 def _files_in(folder: str) -> pa.Array:
-    """Full paths of the files in a folder; none if it is no folder."""
+    """Full paths of the files in a folder; none if there can be no such folder.
+
+    Files whose name is not UTF-8 are left out: no row can mean them.
+    """
     try:
         with os.scandir(folder) as entries:
-            return pa.array(
-                [folder + entry.name for entry in entries if entry.is_file()], pa.string()
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        return pa.array([], pa.string())
+            files, _ = by_name(folder + entry.name for entry in entries if is_file(entry))
+    except ValueError:  # a NUL in the path
+        files = []
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:
+            raise
+        files = []
+    return pa.array(files, pa.string())

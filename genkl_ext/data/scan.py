@@ -30,14 +30,16 @@ import pyarrow as pa
 
 from .. import __version__
 from ..files import require_writable
-from .check import check, check_apart, verify
+from .check import check, check_apart, may_decode, verify
 from .decode import BrokenImage, Decoder, Limits, read
+from .folders import by_name, is_folder
 from .journal import Journal
 from .ledger import SCHEMA, Ledger
 from .manifest import SPLITS, Manifest, PathLike, Problem
 
 # Images: some 20 milliseconds of work, to which a line of the journal is nothing.
 CHUNK = 64
+LONGEST_DETAIL = 500  # characters: readers may quote what they met
 
 # In letters of either case. More than those of a folder of classes: here all files are of interest.
 FILE_SUFFIXES = (
@@ -81,8 +83,8 @@ def scan(
         Scan: the ledger, bytes and seconds.
 
     Raises:
-        OSError: the ledger cannot be written, or another scan is at work on it. ValueError:
-        ``threads`` is not positive.
+        OSError: the ledger cannot be written, another scan is at work on it, or this process
+        lacks files, memory or the processes it started. ValueError: ``threads`` is not positive.
 
     Warns:
         UserWarning: the journal of another scan (of other images or limits) was thrown away.
@@ -147,21 +149,10 @@ def files_below(root: PathLike) -> Manifest:
         OSError: ``root`` or a folder in it cannot be listed.
     """
     root = os.path.abspath(root)
-    paths, unnameable = [], []
-    for path in _walk(root):
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            unnameable.append(path)
-        else:
-            paths.append(path)
+    paths, odd = by_name(_walk(root))
     column = pa.array(sorted(paths), pa.string())
     table = pa.table({"key": column, "path": column, "split": pa.repeat(SPLITS[0], len(column))})
-    problems = []
-    if unnameable:
-        what = f"{len(unnameable)} files whose name is not UTF-8, first {unnameable[0]!r}"
-        problems.append(Problem(".", what, len(unnameable)))
-    return Manifest(table, (), "files", root, tuple(problems))
+    return Manifest(table, (), "files", root, Problem.of_names(odd))
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -180,15 +171,8 @@ def _walk(root: str) -> Iterator[str]:
                     continue
                 if entry.name.lower().endswith(FILE_SUFFIXES):
                     yield entry.path[len(root) :]
-                elif _is_folder(entry):
+                elif is_folder(entry):
                     folders.append(entry.path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _rows(images: int, chunk: int) -> range:
@@ -245,7 +229,7 @@ class _Checker:
                 size += len(data)
                 self._check(row, path, data)
             except BrokenImage as error:
-                broken.append([row, error.reason, error.detail])
+                broken.append([row, error.reason, _plain(error.detail)])
         return {"chunk": chunk, "bytes": size, "broken": broken}
 
     def _check(self, row: int, path: str, data: bytes) -> None:
@@ -253,9 +237,16 @@ class _Checker:
             check_apart(path, self._limits)
             return
         verified = verify(data, self._limits)
-        if not verified:
+        if may_decode(data, verified):
             self._journal.append(row)
         check(data, self._local.decoder, verified)
+
+
+def _plain(detail: str) -> str:
+    """A detail as a ledger can hold it: of pictures, any text may come."""
+    # Addresses of objects would make every ledger another one.
+    detail = re.sub(r" at 0x[0-9a-f]+", "", detail)
+    return detail.encode(errors="backslashreplace").decode()[:LONGEST_DETAIL]
 
 
 def _table(manifest: Manifest, broken: list[list[Any]]) -> pa.Table:
@@ -266,7 +257,6 @@ def _table(manifest: Manifest, broken: list[list[Any]]) -> pa.Table:
         "key": listed["key"],
         "path": listed["path"],
         "reason": pa.array([reason for _, reason, _ in broken], pa.string()),
-        # Addresses of objects would make every ledger another one.
-        "detail": [re.sub(r" at 0x[0-9a-f]+", "", detail) for _, _, detail in broken],
+        "detail": [detail for _, _, detail in broken],
     }
     return pa.table(columns).cast(SCHEMA).combine_chunks()

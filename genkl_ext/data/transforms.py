@@ -38,6 +38,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LONGEST_SIDE = 1 << 20  # csrc/kernels/resample.h: kMaxSide
+LONGEST_TURNED = 23_170  # csrc/kernels/rotate.cpp: corners stay below 32,768 at any angle
 _TRIES = 10  # of a random resized crop, then a central one is taken
 DRAWS = 2 + 4 * _TRIES  # uniform numbers that one picture may need
 
@@ -92,19 +93,27 @@ class Transforms:
 
         resized = self.crop == "random_resized"
         least = 1 if resized else self.size
-        require("size", self.size >= 1, "at least 1")
+        require("size", isinstance(self.size, int) and self.size >= 1, "an integer of at least 1")
         require("crop", self.crop in ("center", "random", "random_resized"),
                 "'center', 'random' or 'random_resized'")  # fmt: skip
         if self.resize is None:
             require("resize", resized, f"given for crop={self.crop!r}")
         else:
-            require("resize", self.resize >= least, f"at least {least}")
+            require(
+                "resize",
+                isinstance(self.resize, int) and self.resize >= least,
+                f"an integer of at least {least}",
+            )
         require("flip", 0 <= self.flip <= 1, "a probability")
         require("rotation", 0 <= self.rotation <= 180, "from 0 to 180 degrees")
         require("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two shares in (0, 1], ascending")
         require("ratio", 0 < self.ratio[0] <= self.ratio[1], "two positive ratios, ascending")
-        require("mean", len(self.mean) == 3, "three numbers")
-        require("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers")
+        require("mean", len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "three numbers")
+        require(
+            "std",
+            len(self.std) == 3 and all(0 < x < math.inf for x in self.std),
+            "three positive numbers",
+        )
 
     @classmethod
     def preset(cls, name: str, mode: Literal["train", "eval"]) -> Transforms:
@@ -128,9 +137,12 @@ class Transforms:
             draws: (DRAWS,) uniform numbers in [0, 1), as :func:`uniforms` makes them.
 
         Raises:
-            BrokenImage: too small, for its length: the resize would make a side of more than
-                ``LONGEST_SIDE`` pixels of it.
+            BrokenImage: too many pixels in one side to be rotated (``LONGEST_TURNED``) or resized
+                (``LONGEST_SIDE``), or too small: the resize would stretch it to more than that.
         """
+        longest = LONGEST_TURNED if self.rotation else LONGEST_SIDE
+        if max(height, width) > longest:
+            raise BrokenImage("too many pixels", f"{width} x {height}, a side above {longest:,}")
         resized = self._resized(height, width)
         if max(resized) > LONGEST_SIDE:
             sides = f"{resized[1]:,} x {resized[0]:,}"
@@ -206,8 +218,8 @@ class Transforms:
             if 0 < w <= width and 0 < h <= height:
                 return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w = min(width, round(height * ratio))
-        h = min(height, round(width / ratio))
+        w = min(width, max(1, round(height * ratio)))
+        h = min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,31 @@ def with_orientation(image: Image.Image, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(image, quality=90, exif=exif)
+
+
+def exif_block(orientation: int) -> bytes:
+    """TIFF header and a directory with nothing but the orientation."""
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    return b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+def with_segments(jpeg: bytes, *segments: tuple[int, bytes]) -> bytes:
+    """The JPEG file with more segments, (marker, content), at its start."""
+    added = (
+        bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+        for marker, content in segments
+    )
+    return jpeg[:2] + b"".join(added) + jpeg[2:]
+
+
+def with_png_exif(png: bytes, *orientations: int) -> bytes:
+    """The PNG file with an eXIf chunk for each orientation, before its pixels."""
+    at = png.index(b"IDAT") - 4
+    chunks = b""
+    for orientation in orientations:
+        body = b"eXIf" + exif_block(orientation)
+        chunks += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return png[:at] + chunks + png[at:]
 
 
 def damaged(data: bytes, seed: int = 0) -> bytes:

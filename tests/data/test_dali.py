@@ -121,7 +121,7 @@ def test_outputs(kind, channels_last, odd, device):
     assert made.images.stride() == wanted.images.stride()
     level = 1 if kind == "uint8" else 1 / (255 * 0.2)
     apart = (made.images.cpu().float() - wanted.images.float()).abs()
-    assert apart.mean() <= 0.3 * level if device == "cpu" else 1.5 * level
+    assert apart.mean() <= (0.3 if device == "cpu" else 1.5) * level
 
 
 def test_flipped_images_are_mirrored(odd, device):

@@ -1,12 +1,24 @@
 """Decoding: the same pixels as Pillow, whole and in part, and a reason for every broken file."""
 
+import errno
 import io
 import os
+import pickle
 import struct
 
 import numpy as np
 import pytest
-from pictures import damaged, drawing, encoded, forged, jpeg, with_orientation
+from pictures import (
+    damaged,
+    drawing,
+    encoded,
+    exif_block,
+    forged,
+    jpeg,
+    with_orientation,
+    with_png_exif,
+    with_segments,
+)
 from PIL import Image, ImageOps
 
 from genkl_ext.data.decode import BrokenImage, Decoder, Limits, jpeg_header, read, verify_jpeg
@@ -141,7 +153,31 @@ def test_photographs_in_every_orientation(decoder, shared_data):
         np.testing.assert_array_equal(whole(decoder, read(path)), by_pillow(read(path)))
 
 
+@pytest.mark.parametrize("orientations", [(1, 6), (6, 1), (8, 3), (6, 6)])
+@pytest.mark.parametrize("size", [(900, 40), (40, 900)])
+def test_of_several_exif_blocks_the_first_counts(decoder, orientations, size):
+    # nvImageCodec would size its output by one and turn by another.
+    drawn = drawing(*size)
+    blocks = [(0xE1, b"Exif\0\0" + exif_block(orientation)) for orientation in orientations]
+    twice = with_segments(encoded(drawn), *blocks)
+    once = with_segments(encoded(drawn), blocks[0])
+    np.testing.assert_array_equal(whole(decoder, twice), by_pillow(once))
+    png = encoded(drawn, "PNG")
+    once = whole(decoder, with_png_exif(png, orientations[0]))
+    np.testing.assert_array_equal(whole(decoder, with_png_exif(png, *orientations)), once)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_png_webp_and_tiff_are_turned_as_exif_says(decoder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("PNG", "WEBP", "TIFF"):
+        data = encoded(drawing(30, 50), kind, exif=exif)
+        np.testing.assert_array_equal(whole(decoder, data), by_pillow(data), err_msg=kind)
+
+
 GOOD = jpeg(120, 160)
+GOOD_SCANS = jpeg(120, 160, progressive=True)
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 BROKEN = {
     "html": (HTML, "not an image"),
@@ -154,6 +190,12 @@ BROKEN = {
     "no marker": (GOOD[:2] + b"junk" + GOOD[2:], "corrupt"),
     "zero height": (forged(GOOD, 0, 160), "corrupt"),
     "forged size": (forged(GOOD, 65500, 65500), "too many pixels"),
+    "scan bomb": (
+        GOOD_SCANS[:-2] + 200 * b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + b"\xff\xd9",
+        "corrupt",
+    ),
+    "many segments": (with_segments(GOOD, *[(0xFE, b"")] * 5000), "corrupt"),
+    "padding": (GOOD[:2] + b"\xff" * 5000 + GOOD[2:], "corrupt"),
     "half a png": (FILES["png"][: len(FILES["png"]) // 2], "truncated"),
     "half a gif": (FILES["gif"][: len(FILES["gif"]) // 2], "truncated"),
 }
@@ -214,10 +256,25 @@ def test_read(tmp_path):
         "pipe.jpg": "not an image",
         "loop.jpg": "unreadable",
         "x" * 300: "unreadable",
+        "nul\0.jpg": "unreadable",
     }.items():
         with pytest.raises(BrokenImage) as caught:
             read(tmp_path / name)
         assert caught.value.reason == reason, name
+
+
+def test_faults_of_the_process_are_not_the_files(tmp_path, monkeypatch):
+    def no_descriptor(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", no_descriptor)
+    with pytest.raises(OSError, match="Too many open files"):
+        read(tmp_path / "a.jpg")
+
+
+def test_reasons_travel_between_processes():
+    broken = pickle.loads(pickle.dumps(BrokenImage("corrupt", "why")))
+    assert (broken.reason, broken.detail, str(broken)) == ("corrupt", "why", "corrupt: why")
 
 
 def test_read_from_a_store():
@@ -227,3 +284,5 @@ def test_read_from_a_store():
     assert read("memory://pictures/a.jpg") == GOOD
     with pytest.raises(BrokenImage, match="missing"):
         read("memory://pictures/b.jpg")
+    with pytest.raises(BrokenImage, match="unreadable: ValueError"):
+        read("nostore://pictures/b.jpg")

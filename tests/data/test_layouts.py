@@ -403,6 +403,25 @@ def test_folder_refuses_other_folders(tmp_path: Path) -> None:
         Manifest.from_folder(tmp_path)
 
 
+def test_folder_passes_over_links_to_themselves_and_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write(tmp_path, dict.fromkeys(["a/1.jpg", "b/1.jpg"], b""))
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "b" / "itself").symlink_to("itself")
+    try:
+        os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+        for name in (b"/\xff/1.jpg", b"/\xff/2.jpg", b"/a/\xfe.jpg", b"/a/\xfe.txt"):
+            open(os.fsencode(tmp_path) + name, "wb").close()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    manifest = Manifest.from_folder(tmp_path)
+    assert layouts.detect(tmp_path) == "folder"
+    assert manifest.class_names == ("a", "b")
+    assert manifest.keys() == ["a/1.jpg", "b/1.jpg"] and manifest.labels.tolist() == [0, 1]
+    (problem,) = manifest.problems
+    assert problem.count == 3
+    assert str(problem) == r".: 3 files whose name is not UTF-8, first 'a/\udcfe.jpg'"
+
+
 # Tables
 
 TABLE = {
@@ -463,6 +482,17 @@ def test_table_of_numbers_as_pandas_keeps_them(tmp_path: Path) -> None:
         Manifest.from_table(path)
 
 
+@pytest.mark.parametrize(
+    "splits",
+    [{"noisy": "train", "train": "clean"}, {"train": "clean", "noisy": "train"}],
+    ids=["theirs first", "ours first"],
+)
+def test_table_of_splits_that_change_names(tmp_path: Path, splits: dict[str, str]) -> None:
+    columns = {"path": ["a", "b", "c"], "label": [0, 0, 0], "split": ["noisy", "train", "val"]}
+    manifest = Manifest.from_table(write_table(tmp_path / "t.csv", columns), splits=splits)
+    assert manifest.table["split"].to_pylist() == ["train", "clean", "val"]
+
+
 def test_table_at_a_url(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.csv", {"path": ["a.jpg"], "label": [0]})
     manifest = Manifest.from_table(f"file://{path}")
@@ -477,6 +507,11 @@ def test_table_at_a_url(tmp_path: Path) -> None:
         ({"path": ["a"]}, {"columns": {"label": "class"}}, "must have a column class, got path"),
         ({"path": ["a", None], "label": [0, 0]}, {}, "must have a path, got none in row 1"),
         ({"path": ["a"], "label": [-1]}, {}, "given_label must be from 0 to -1, or null, got -1"),
+        (
+            {"path": ["a", "b"], "label": [0, 999_999_999]},
+            {},
+            "label must be below 1,000,000, got 999,999,999 in row 1",
+        ),
         ({"path": ["a"], "label": [3]}, {"class_names": ["x"]}, "must be from 0 to 0, .*got 3"),
         (
             {"path": ["a", "b"], "label": ["x", "y"]},

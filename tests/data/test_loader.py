@@ -2,6 +2,9 @@
 
 import gc
 import json
+import multiprocessing
+import os
+import pickle
 import threading
 
 import numpy as np
@@ -16,6 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from genkl_ext.data import ImageError, Ledger, Manifest, Transforms, make_loader
+from genkl_ext.data.cpu import Buffers, Output
 from genkl_ext.data.scan import scan
 from genkl_ext.data.transforms import uniforms
 
@@ -186,6 +190,50 @@ def test_an_epoch_goes_on_where_it_was_left(manifest):
     assert again.epoch == 2
 
 
+def test_a_position_that_was_set_is_the_state_at_once(manifest):
+    load = loader(manifest, batch_size=4)
+    load.set_epoch(5)
+    assert (load.state_dict()["epoch"], load.state_dict()["batches"]) == (5, 0)
+    iterator = iter(load)
+    next(iterator)
+    next(iterator)
+    again = loader(manifest, batch_size=4)
+    again.load_state_dict(load.state_dict())
+    assert again.state_dict() == load.state_dict()
+    assert again.state_dict()["batches"] == 2
+
+
+def test_who_stops_at_the_length_has_had_the_whole_epoch(broken):
+    load = loader(broken, batch_size=4, on_error="skip")
+    with pytest.warns(UserWarning, match="4 images"):
+        for _ in zip(range(len(load)), load, strict=False):
+            pass
+    threads = set(threading.enumerate())
+    list(load)
+    assert set(threading.enumerate()) == threads  # the same ones worked again
+
+
+def test_a_forked_process_has_threads_of_its_own(manifest):
+    load = loader(manifest)
+    expected = epoch(load)[0].tolist()
+    receiver, sender = multiprocessing.get_context("fork").Pipe()
+    pid = os.fork()
+    if pid == 0:
+        sender.send(epoch(load)[0].tolist())
+        os._exit(0)
+    assert receiver.poll(60)
+    assert receiver.recv() == expected
+    os.waitpid(pid, 0)
+
+
+def test_a_loader_can_be_sent_to_another_process(manifest):
+    load = loader(manifest, RANDOM, seed=2)
+    expected = epoch(load)[1]
+    sent = pickle.loads(pickle.dumps(load))
+    sent.set_epoch(0)
+    assert torch.equal(epoch(sent)[1], expected)
+
+
 def test_a_state_of_another_loader_is_refused(manifest):
     state = loader(manifest, seed=3).state_dict()
     with pytest.raises(ValueError, match="seed must be that of this loader, 4, got 3"):
@@ -206,10 +254,18 @@ def test_batches_that_are_kept_are_never_written_again(manifest):
         assert torch.equal(part, copy[:1])
 
 
-def test_memory_is_used_again(manifest):
-    load = loader(manifest, batch_size=4, prefetch=1)
-    places = {batch["image"].data_ptr() for _ in range(5) for batch in load}
-    assert len(places) <= 3
+def test_memory_is_used_again_and_does_not_pile_up():
+    buffers = Buffers(Output("uint8", channels_last=False), 8, spare=2)
+    kept = [buffers.batch(3)[1] for _ in range(6)]
+    places = {tensor.data_ptr() for tensor in kept}
+    parts = [tensor[1:] for tensor in kept]
+    del kept
+    assert not buffers._free
+    del parts
+    assert len(buffers._free) == 2
+    again = buffers.batch(2)[1]
+    assert again.data_ptr() in places
+    assert len(buffers._free) == 1
 
 
 def test_fast_decoding_is_nearly_exact(tmp_path):
@@ -281,6 +337,17 @@ def test_skip_leaves_images_out_and_lists_them(broken):
     assert len(load.failures) == 4
 
 
+def test_ranks_stay_in_step_when_images_break(broken):
+    loaders = [
+        loader(broken.select([5, 1, 6, 3, 0]), batch_size=2, shard=(rank, 2), on_error="skip")
+        for rank in range(2)
+    ]
+    with pytest.warns(UserWarning):
+        sizes = [[len(batch["row"]) for batch in load] for load in loaders]
+    assert [len(of_rank) for of_rank in sizes] == [len(load) for load in loaders] == [2, 2]
+    assert sizes == [[0, 1], [1, 1]]
+
+
 def test_skip_passes_over_a_batch_without_images(broken):
     load = loader(broken.select([5, 6, 0]), batch_size=2, on_error="skip")
     with pytest.warns(UserWarning, match="2 images"):
@@ -314,6 +381,14 @@ def test_a_picture_that_a_resize_would_stretch_beyond_measure(tmp_path):
     )
 
 
+def test_a_picture_too_long_to_be_turned(tmp_path):
+    write_all(tmp_path, {"a.jpg": jpeg(2, 30000), "b.jpg": jpeg(40, 40)})
+    turning = Transforms(size=24, resize=32, rotation=30)
+    for transforms, ok in ((turning, [False, True]), (SMALL, [True, True])):
+        (batch,) = loader(table(tmp_path, ["a.jpg", "b.jpg"]), transforms, on_error="report")
+        assert batch["ok"].tolist() == ok
+
+
 def test_a_ledger_leaves_out_what_it_lists(broken, tmp_path):
     scan(broken, tmp_path / "ledger.parquet")
     for ledger in (tmp_path / "ledger.parquet", Ledger.load(tmp_path / "ledger.parquet")):
@@ -341,6 +416,7 @@ def test_a_file_that_breaks_between_epochs_costs_itself_only(broken, tmp_path):
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
         ({"shard": (2, 2)}, r"shard must be .*, got \(2, 2\)"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"split": "dev"}, "split must be one of train, clean, val, test, got 'dev'"),
         ({"batch_size": 1, "shard": (0, 5)}, "24 images in batches of 1 cannot be shared by 5"),
     ],

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -258,6 +259,18 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "t/1.jpg").symlink_to(tmp_path / "images/ü.jpg")
     assert make(root=tmp_path).missing_files().tolist() == [2, 3]
     assert make([], root=tmp_path).missing_files().tolist() == []
+
+
+def test_missing_files_beside_odd_names(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "itself").symlink_to("itself")
+    try:
+        open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb").close()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    paths = ["a.jpg", "itself", "itself/a.jpg", "nul\0/a.jpg", "n" * 300 + "/a.jpg"]
+    rows = [(path, path, 0, "train", None, None) for path in paths]
+    assert make(rows, root=tmp_path).missing_files().tolist() == [1, 2, 3, 4]
 
 
 def test_describe() -> None:

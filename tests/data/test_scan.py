@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,8 +16,16 @@ import pytest
 from pictures import damaged, drawing, encoded, forged, jpeg, with_orientation, write_all
 from PIL import Image
 
-from genkl_ext.data.check import MAX_SCANS, check, verify
-from genkl_ext.data.decode import BrokenImage, Decoder, Limits, jpeg_header, read, verify_jpeg
+from genkl_ext.data.check import check, verify
+from genkl_ext.data.decode import (
+    MAX_SCANS,
+    BrokenImage,
+    Decoder,
+    Limits,
+    jpeg_header,
+    read,
+    verify_jpeg,
+)
 from genkl_ext.data.journal import Journal
 from genkl_ext.data.ledger import Ledger
 from genkl_ext.data.manifest import Manifest
@@ -235,6 +245,47 @@ def test_all_that_is_healthy_decodes(folder, tmp_path: Path) -> None:
         assert pixels.size
 
 
+def of_paths(root: Path, *paths: str) -> Manifest:
+    table = pa.table({"key": paths, "path": paths, "split": ["train"] * len(paths)})
+    return Manifest(table, (), "files", str(root))
+
+
+def test_a_path_with_a_nul_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+    done = scan(of_paths(tmp_path, "a\0b.jpg", "a.jpg"), tmp_path / "l.parquet")
+    assert found(done) == {"a\0b.jpg": "unreadable"}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_this_process_lacks_ends_the_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+    manifest = files_below(tmp_path)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
+        patched.setattr("genkl_ext.data.scan.read", fail)
+        scan(manifest, tmp_path / "l.parquet")
+    assert caught.value.errno == number
+    assert not (tmp_path / "l.parquet").exists()
+    assert found(scan(manifest, tmp_path / "l.parquet")) == {}
+
+
+def test_any_detail_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+
+    def fail(*_: object) -> None:
+        raise BrokenImage("corrupt", "<a at 0x7f00> \udcff" + "x" * 10_000)
+
+    monkeypatch.setattr("genkl_ext.data.scan.check", fail)
+    done = scan(files_below(tmp_path), tmp_path / "l.parquet")
+    (detail,) = done.ledger.table["detail"].to_pylist()
+    assert detail.startswith(r"<a> \udcffxxx") and len(detail) == LONGEST_DETAIL
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(GOOD)
@@ -400,6 +451,31 @@ def test_two_scans_at_once_are_refused(tmp_path: Path) -> None:
         scan(files_below(tmp_path), tmp_path / "l.parquet")
 
 
+def test_a_journal_that_goes_while_it_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "j"
+    first = Journal(path, {})
+    lock, seen = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        """The lock of a process that has opened the file when another one removes it."""
+        if not seen:
+            first.remove()
+            first.__exit__(None, None, None)
+        seen.append(os.fstat(file).st_ino)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Journal(path, {}) as journal:
+        assert len(seen) == 2 and path.stat().st_ino == seen[1]
+        with pytest.raises(OSError, match="in use"):
+            Journal(path, {})
+        journal.remove()
+        journal.remove()  # somebody cleaned up
+    assert not path.exists()
+
+
 def test_a_place_that_cannot_be_written_is_found_before_the_scan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         scan(files_below(tmp_path), tmp_path / "none" / "l.parquet")
@@ -435,6 +511,52 @@ def test_a_picture_that_ends_the_process_is_listed_by_the_next_scan(tmp_path: Pa
     table = Ledger.load(out).table
     assert table["path"].to_pylist() == [f"crash {i:03}.jpg" for i in range(3)]
     assert set(table["detail"].to_pylist()) == {"decoding it ends the process (SIGSEGV)"}
+
+
+def test_what_may_be_decoded_is_journaled_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = {"plain": GOOD, "png": HEALTHY["png"], "rotated": HEALTHY["rotated"]}
+    pictures |= {"odd exif": ODD_EXIF, "cmyk": CMYK}
+    write_all(tmp_path, {f"{name}.jpg": data for name, data in pictures.items()})
+    manifest = files_below(tmp_path)
+    out = tmp_path / "l.parquet"
+    opened = []
+
+    def look(data: bytes, *_: object) -> None:
+        opened.append((data, Path(f"{out}.journal").read_bytes().splitlines()[-1]))
+
+    monkeypatch.setattr("genkl_ext.data.scan.check", look)
+    scan(manifest, out, threads=1)
+    last = {data: line.split()[1] for data, line in opened}
+    told = {name for i, name in enumerate(sorted(pictures)) if last[pictures[name]] == b"%d" % i}
+    assert told == {"png", "rotated", "odd exif", "cmyk"}
+
+
+def child_ended_by(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\nkill -{int(number)} $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL"])
+def test_a_decoder_that_crashes_says_the_picture_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    child_ended_by(signal.Signals[name], tmp_path, monkeypatch)
+    with pytest.raises(BrokenImage, match=rf"corrupt: decoding it ends the process \({name}\)"):
+        check_apart("a.jpg", Limits())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_process_stopped_from_outside_says_nothing_about_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    child_ended_by(signal.Signals[name], tmp_path, monkeypatch)
+    number = int(signal.Signals[name])
+    with pytest.raises(ChildProcessError, match=rf"checked a\.jpg was stopped by signal {number}"):
+        check_apart("a.jpg", Limits())
 
 
 # Files below a folder.

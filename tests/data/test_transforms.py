@@ -122,8 +122,8 @@ def test_normalisation_is_that_of_torchvision():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"resize": 200}, "resize must be at least 224, got 200"),
+        ({"size": 0}, "size must be an integer of at least 1, got 0"),
+        ({"resize": 200}, "resize must be an integer of at least 224, got 200"),
         ({"resize": None}, "resize must be given for crop='center', got None"),
         ({"crop": "middle"}, "crop must be .*, got 'middle'"),
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),

@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pyarrow as pa
 
-from ..manifest import SPLITS, Manifest, PathLike
+from ..folders import by_name, is_folder, is_utf8
+from ..manifest import SPLITS, Manifest, PathLike, Problem
 from .assemble import assemble, part
 
 # Those of torchvision's ImageFolder; letters of either case.
@@ -25,7 +26,7 @@ def read(root: PathLike) -> Manifest:
     in the order of their characters. The images of a class are the files at any depth with a
     suffix of ``IMAGE_SUFFIXES``, by folder, then by name: row i of a split is sample i of
     torchvision's ``ImageFolder``. Keys are the paths below ``root``. What begins with a dot is
-    passed over.
+    passed over; files whose path is not UTF-8 are left out and reported.
 
     Raises:
         OSError: ``root`` is no folder. ValueError: there is no image in a folder of a class, or
@@ -33,11 +34,17 @@ def read(root: PathLike) -> Manifest:
     """
     root = os.path.abspath(root)
     found = class_folders(root)
-    class_names = sorted({name for names in found.values() for name in names})
-    parts = []
+    class_names = sorted({name for names in found.values() for name in names if is_utf8(name)})
+    number = {name: c for c, name in enumerate(class_names)}
+    parts, odd = [], []
     for split, names in found.items():
-        paths = [images_below(root, place) for place in names.values()]
-        numbers = np.array([class_names.index(name) for name in names], np.int32)
+        paths = []
+        for place in names.values():
+            named, others = by_name(images_below(root, place))
+            paths.append(named)
+            odd += others
+        # Of a folder whose name is not UTF-8, no path is.
+        numbers = np.array([number.get(name, -1) for name in names], np.int32)
         keys = pa.array([path for of_class in paths for path in of_class], pa.string())
         labels = pa.array(np.repeat(numbers, [len(of_class) for of_class in paths]))
         verified = True if split == "clean" else None
@@ -47,7 +54,7 @@ def read(root: PathLike) -> Manifest:
             f"from_folder: {root} must hold a folder of images for each class, "
             f"got no {', '.join(IMAGE_SUFFIXES)} file in {len(class_names)} folders"
         )
-    return assemble("folder", root, class_names, parts)
+    return assemble("folder", root, class_names, parts, Problem.of_names(odd))
 
 
 def class_folders(root: PathLike) -> dict[str, dict[str, str]]:
@@ -75,7 +82,7 @@ def class_folders(root: PathLike) -> dict[str, dict[str, str]]:
 def _folders(path: PathLike) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            return sorted(e.name for e in entries if is_folder(e) and not e.name.startswith("."))
     except OSError as error:
         raise type(error)(f"from_folder: cannot list {path}: {error.strerror}") from error
 

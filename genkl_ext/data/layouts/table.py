@@ -15,6 +15,9 @@ from ..manifest import SCHEMA, Manifest, PathLike
 from .assemble import Column, assemble
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+# Without class names, the largest label says how many there are; one wild number may not make
+# names for all below it.
+MOST_CLASSES = 1_000_000
 _TEXTS = ("path", "key", "split", "kind")
 
 
@@ -66,8 +69,9 @@ def read(
             **found,
             "given_label": labels,
         }
+        given = rows["split"]  # each word is compared with this: they may change places
         for theirs, ours in (splits or {}).items():
-            rows["split"] = pc.if_else(pc.equal(rows["split"], theirs), ours, rows["split"])
+            rows["split"] = pc.if_else(pc.equal(given, theirs), ours, rows["split"])
         return assemble("table", _folder_of(path, root), class_names, [pa.table(rows)])
     except ValueError as error:
         reason = str(error).removeprefix("manifest: ")
@@ -104,9 +108,15 @@ def _labels(given: Column, class_names: Sequence[str] | None) -> tuple[Column, S
     if pa.types.is_floating(given.type):  # as pandas keeps whole numbers beside missing ones
         given = given.cast(pa.int64())
     if pa.types.is_integer(given.type) or pa.types.is_null(given.type):
+        if class_names is not None:
+            return given, class_names
         largest = pc.max(given).as_py()
-        numbers = range(0 if largest is None else largest + 1)
-        return given, [str(c) for c in numbers] if class_names is None else class_names
+        if largest is not None and largest >= MOST_CLASSES:
+            raise ValueError(
+                f"label must be below {MOST_CLASSES:,}, "
+                f"got {largest:,} in row {pc.index(given, largest)}"
+            )
+        return given, [str(c) for c in range(0 if largest is None else largest + 1)]
     names = given.cast(pa.string())
     if class_names is None:
         class_names = sorted(pc.unique(names).drop_null().to_pylist())
