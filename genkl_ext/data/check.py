@@ -54,11 +54,10 @@ def verify(data: bytes, limits: Limits) -> bool:
 def may_decode(data: bytes, verified: bool) -> bool:
     """Whether :func:`check` may decode pixels; ``verified`` is what :func:`verify` said.
 
-    Opening a picture that is to be turned decodes it. EXIF blocks can be so torn that readers
-    disagree about turning, so every one counts.
+    Opening a picture that is to be turned decodes it.
     """
     header = jpeg_header(data) if verified else None
-    return header is None or b"Exif\0\0" in data[: header.scan]
+    return header is None or header.orientation != 1
 
 
 def check(data: bytes, decoder: Decoder, verified: bool) -> None:

@@ -117,6 +117,8 @@ def _read_remote(url: str, limits: Limits) -> bytes:
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # every store has errors of its own
+        if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+            raise
         raise BrokenImage("unreadable", f"{type(error).__name__}: {error}") from error
     _check_bytes(len(data), limits)
     return data

@@ -24,7 +24,8 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 def by_name(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """Those in UTF-8, which a table can hold, and the others."""
-    named, odd = [], []
+    named: list[str] = []
+    odd: list[str] = []
     for path in paths:
         (named if is_utf8(path) else odd).append(path)
     return named, odd

@@ -111,6 +111,13 @@ def test_info_says_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_info_takes_a_url_for_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,0\n")
+    status, out, _ = run(capsys, "info", tmp_path / "t.csv", "--root", "s3://bucket/x")
+    assert status == 0
+    assert "root           s3://bucket/x\n" in out
+
+
 @pytest.mark.parametrize(
     ("words", "status", "line"),
     [

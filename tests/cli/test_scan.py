@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -61,6 +62,33 @@ def test_all_sources_are_understood(folder: Path, capsys: pytest.CaptureFixture[
         assert capsys.readouterr().out.startswith(f"images            {images}, ")
         ledger = Ledger.load("l.parquet")
         assert (ledger.scanned, len(ledger)) == (images, broken)
+
+
+def test_a_table_at_a_url(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/b/table.csv", b"path,label\na.jpg,0\nb.jpg,0\n")
+    for name in ("a.jpg", "b.jpg"):
+        store.pipe(f"/b/{name}", (folder / name).read_bytes())
+    assert main(["scan", "memory://b/table.csv"]) == 0
+    assert "2, table in memory://b\n" in capsys.readouterr().out
+    assert Ledger.load("ledger.parquet").table["path"].to_pylist() == ["b.jpg"]
+
+
+def test_a_folder_of_folders_without_class_images(folder: Path) -> None:
+    (folder / "a.jpg").rename(folder / "deep" / "a.gif")
+    (folder / "deep" / "c.jpg").unlink()
+    assert main(["scan", "photos"]) == 0
+    assert Ledger.load("ledger.parquet").scanned == 3  # all files
+
+
+def test_damaged_lists_are_no_reason_to_take_all_files(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "noisy_train_key_list.txt").write_text("a.jpg\nb.jpg\n")
+    (folder / "noisy_label_kv.txt").write_text("no labels here at all\n")
+    assert main(["scan", "photos"]) == 1
+    assert "from_clothing1m: " in capsys.readouterr().err
+    assert not Path("ledger.parquet").exists()
 
 
 def test_limits(folder: Path) -> None:

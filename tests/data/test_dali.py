@@ -8,7 +8,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from pictures import damaged, drawing, encoded, forged, jpeg, with_orientation, write_all
+from pictures import (
+    damaged,
+    drawing,
+    encoded,
+    exif_block,
+    forged,
+    jpeg,
+    with_orientation,
+    with_segments,
+    write_all,
+)
 
 from genkl_ext.data import Transforms
 from genkl_ext.data.cpu import CpuEngine, Job, Made, Output
@@ -150,16 +160,26 @@ def test_other_formats_and_orientations(tmp_path, device):
         assert_alike(made, wanted, device, transforms.rotation > 0)
 
 
-def test_a_picture_that_dali_turns_is_decoded_whole():
-    where = SMALL.geometry(300, 200, np.full(42, 0.5))
-    upright, turned = (dali.Sample(None, where, flag) for flag in (True, False))
-    inputs = dali.numbers([upright, turned], rotation=False)
-    (top, left), zero = inputs["start"].tolist()
-    assert top > 0
-    assert zero == [0, 0]
-    assert inputs["shape"][1].tolist() == [300, 200]
-    shift = inputs["roi_start"][1] - inputs["roi_start"][0]
-    np.testing.assert_allclose(shift, [top, left], atol=1e-4)
+def test_only_upright_grey_and_colour_jpeg_files_go_to_dali(tmp_path):
+    picture = drawing(50, 70)
+    block = b"Exif\0\0" + exif_block(6)
+    files = {
+        "plain.jpg": encoded(picture),
+        "progressive.jpg": encoded(picture, progressive=True),
+        "grey.jpg": encoded(picture.convert("L")),
+        "upright.jpg": with_orientation(picture, 1),
+        "turned.jpg": with_orientation(picture, 6),
+        "turned twice.jpg": with_segments(encoded(picture), (0xE1, block), (0xE1, block)),
+        "cmyk.jpg": encoded(picture.convert("CMYK")),
+        "png.jpg": encoded(picture, "PNG"),
+        "cut.jpg": encoded(picture)[:-2],
+    }
+    write_all(tmp_path, files)
+    job = job_of(tmp_path / name for name in files)
+    engine = engine_on("cpu", SMALL)
+    opened = engine._open_all(job, range(len(files)))
+    engine.close()
+    assert [isinstance(picture, dali.Sample) for picture in opened] == [True] * 4 + [False] * 5
 
 
 @pytest.fixture
