@@ -403,6 +403,21 @@ def test_folder_refuses_other_folders(tmp_path: Path) -> None:
         Manifest.from_folder(tmp_path)
 
 
+def test_folder_names_what_it_may_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "locked").mkdir(parents=True)
+    (tmp_path / "a" / "1.jpg").touch()
+    usual = os.scandir
+
+    def scandir(path: os.PathLike[str] | str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="from_folder: cannot list .*locked: Permission"):
+        Manifest.from_folder(tmp_path)
+
+
 def test_folder_passes_over_links_to_themselves_and_names_that_are_not_utf8(tmp_path: Path) -> None:
     write(tmp_path, dict.fromkeys(["a/1.jpg", "b/1.jpg"], b""))
     (tmp_path / "itself").symlink_to("itself")

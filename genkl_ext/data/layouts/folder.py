@@ -87,11 +87,16 @@ def _folders(path: PathLike) -> list[str]:
         raise type(error)(f"from_folder: cannot list {path}: {error.strerror}") from error
 
 
+def _raise(error: OSError) -> None:
+    raise type(error)(f"from_folder: cannot list {error.filename}: {error.strerror}") from error
+
+
 def images_below(root: str, place: str) -> list[str]:
     """Paths below ``root`` of the images in ``place`` and its folders."""
     found = []
     seen = set()  # folders: links may lead in circles
-    for folder, below, names in os.walk(os.path.join(root, place), followlinks=True):
+    top = os.path.join(root, place)
+    for folder, below, names in os.walk(top, onerror=_raise, followlinks=True):
         facts = os.stat(folder)
         if (facts.st_dev, facts.st_ino) in seen:
             below.clear()
