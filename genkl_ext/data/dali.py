@@ -45,7 +45,7 @@ class Sample:
 Picture = Sample | torch.Tensor | BrokenImage
 
 
-def define(transforms: Transforms, output: Output, on_gpu: bool) -> Any:
+def define(transforms: Transforms, output: Output, on_gpu: bool, fast: bool = False) -> Any:
     """The graph of a pipeline: its inputs are named as in :func:`numbers`, its output are images.
 
     Call it inside ``with pipeline:``.
@@ -62,6 +62,7 @@ def define(transforms: Transforms, output: Output, on_gpu: bool) -> Any:
         axis_names="HW",
         adjust_orientation=False,  # only upright pictures come here
         jpeg_fancy_upsampling=True,  # chroma as on the CPU
+        use_fast_idct=fast,
     )
     if transforms.rotation:
         image = fn.warp_affine(
@@ -182,6 +183,7 @@ class DaliEngine:
         device_id: the GPU that decodes and augments; None for the CPU, which needs no driver.
         depth: batches that DALI works on at a time. Begin more than these, so that the files of
             the next one have been read when DALI is free.
+        fast: take the less exact inverse transform where libjpeg-turbo decodes.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class DaliEngine:
         batch_size: int,
         device_id: int | None,
         depth: int = 2,
+        fast: bool = False,
     ) -> None:
         self._transforms = transforms
         self._output = output
@@ -201,6 +204,7 @@ class DaliEngine:
         self._batch_size = batch_size
         self._device_id = device_id
         self._depth = depth
+        self._fast = fast
         self._placeholder = _placeholder(transforms.size)
         self._buffers = Buffers(dataclasses.replace(output, pin_memory=False), transforms.size)
         self._local = threading.local()
@@ -278,7 +282,9 @@ class DaliEngine:
     def _make(self, path: str, draws: NDArray[np.float64]) -> torch.Tensor | BrokenImage:
         """An image made on this thread, as the CPU engine makes it."""
         if not hasattr(self._local, "maker"):
-            self._local.maker = ImageMaker(self._transforms, self._output.kind, self._limits)
+            self._local.maker = ImageMaker(
+                self._transforms, self._output.kind, self._limits, self._fast
+            )
         array, tensor = self._buffers.batch(1)
         try:
             self._local.maker.make(path, draws, array[0])
@@ -299,7 +305,7 @@ class DaliEngine:
             prefetch_queue_depth=self._depth,
         )
         with self._pipeline:
-            self._pipeline.set_outputs(define(self._transforms, self._output, on_gpu))
+            self._pipeline.set_outputs(define(self._transforms, self._output, on_gpu, self._fast))
         self._pipeline.build()
         # The first call runs as many batches as the pipeline holds.
         rounds = self._pipeline.input_feed_count("jpeg")

@@ -369,7 +369,7 @@ def _engine(
     from .dali import DaliEngine
 
     depth = max(1, prefetch - 1)
-    return DaliEngine(transforms, output, limits, threads, batch_size, device_id, depth)
+    return DaliEngine(transforms, output, limits, threads, batch_size, device_id, depth, fast)
 
 
 def _device_id(device: str) -> int | None:

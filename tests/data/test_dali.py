@@ -160,6 +160,14 @@ def test_other_formats_and_orientations(tmp_path, device):
         assert_alike(made, wanted, device, transforms.rotation > 0)
 
 
+def test_fast_decoding_is_nearly_exact(odd):
+    job = job_of(odd[:8])
+    (exactly,) = made_by(engine_on("cpu", SMALL), job)
+    (fast,) = made_by(engine_on("cpu", SMALL, fast=True), job)
+    gap = (exactly.images.float() - fast.images.float()).abs()
+    assert 0 < gap.mean() < 2
+
+
 def test_only_upright_grey_and_colour_jpeg_files_go_to_dali(tmp_path):
     picture = drawing(50, 70)
     block = b"Exif\0\0" + exif_block(6)
