@@ -215,7 +215,7 @@ def _loading_page(result: Result) -> str:
     workers = sorted({c["workers"] for c in result["cells"]})
     note = (
         "Error: mean and largest distance from torchvision's pixels, in grey levels (0 to 255), of "
-        "the first batch.\n"
+        "the first batch. DALI's centre window may lie one pixel beside torchvision's.\n"
     )
     parts = [f"## {n} processor{'s' if n > 1 else ''}\n\n{_loading(result, n)}" for n in workers]
     return note + "\n" + "\n".join(parts)
