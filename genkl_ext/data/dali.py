@@ -8,6 +8,9 @@ DALI gets upright grey and colour JPEG files whose header is sound and whose end
 other picture is made by the CPU engine's ``ImageMaker``, and a tiny one takes its place in DALI's
 batch. When DALI fails, as it does on damage that no header shows, it loses the whole batch: that
 batch is made again by ``ImageMaker``, so only the broken pictures are lost.
+
+Tested on the CPU. It has never run on a GPU: how nvJPEG's pixels differ, and what state a pipeline
+is in after a damaged file, is not known.
 """
 
 from __future__ import annotations
