@@ -34,6 +34,13 @@ class Job:
     paths: list[str]
     draws: NDArray[np.float64]  #: (n, DRAWS)
 
+    def parts(self, threads: int) -> list[range]:
+        """Its positions, in parts so small that all threads finish a batch together, and so large
+        that they are handed over seldom."""
+        n = len(self.paths)
+        step = max(1, min(16, n // (2 * threads)))
+        return [range(start, min(start + step, n)) for start in range(0, n, step)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -174,13 +181,10 @@ class CpuEngine:
 
     def submit(self, job: Job) -> None:
         """Begin a batch."""
-        n = len(job.paths)
-        array, tensor = self._buffers.batch(n)
-        # Small enough that all threads finish a batch together, large enough for few hand-overs.
-        step = max(1, min(16, n // (2 * self._threads)))
+        array, tensor = self._buffers.batch(len(job.paths))
         parts = [
-            self._pool.submit(self._fill, job, array, range(start, min(start + step, n)))
-            for start in range(0, n, step)
+            self._pool.submit(self._fill, job, array, positions)
+            for positions in job.parts(self._threads)
         ]
         self._jobs.append((tensor, parts))
 

@@ -219,11 +219,9 @@ class DaliEngine:
 
     def submit(self, job: Job) -> None:
         """Begin a batch."""
-        n = len(job.paths)
-        step = max(1, min(16, n // (2 * self._threads)))
         parts = [
-            self._pool.submit(self._open_all, job, range(start, min(start + step, n)))
-            for start in range(0, n, step)
+            self._pool.submit(self._open_all, job, positions)
+            for positions in job.parts(self._threads)
         ]
         self._batches.append(_Batch(job, parts))
         self._feed()
@@ -272,11 +270,10 @@ class DaliEngine:
             or header.orientation != 1
             or header.frame not in (*SEQUENTIAL, PROGRESSIVE)
             or header.components not in (1, 3)
-            or header.height * header.width > self._limits.max_pixels
-            or min(header.height, header.width) < self._limits.min_side
         ):
             return self._make(path, draws)
         try:
+            self._limits.check_size(header.height, header.width)
             where = self._transforms.geometry(header.height, header.width, draws)
         except BrokenImage as error:
             return error

@@ -68,6 +68,15 @@ class Limits:
     max_pixels: int = 178_956_970  #: height x width, Pillow's limit for an error
     min_side: int = 1  #: of the shorter side, in pixels
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ``BrokenImage`` for too many pixels, or a side too small."""
+        if height * width > self.max_pixels:
+            limit = self.max_pixels
+            raise BrokenImage("too many pixels", f"{width} x {height}, more than {limit:,} pixels")
+        if min(height, width) < self.min_side:
+            side = self.min_side
+            raise BrokenImage("too small", f"{width} x {height}, a side below {side}")
+
 
 def read(path: str | os.PathLike[str], limits: Limits = Limits()) -> bytes:
     """The bytes of a file, or of an object of a store that fsspec knows (``s3://...``).
@@ -142,6 +151,7 @@ _MAX_MARKERS = 4096  # before the first scan; real files have some ten to a hund
 
 _OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MAX_KEPT_BYTES = 1 << 26  # of the buffer that a decoder uses again
+_TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,9 +242,6 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-_TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
-
-
 def _orientation(tiff: bytes) -> int:
     """Tag 0x0112 of the first directory of an EXIF block; 1 if there is none or it is invalid."""
     order = _TIFF_ORDERS.get(tiff[:4])
@@ -285,10 +292,7 @@ class Picture:
         """All of the picture at 1 / ``factor`` (2, 4 or 8) of its size, sides rounded up.
 
         libjpeg-turbo computes the small picture straight from the frequencies. None where that
-        cannot be had: not an upright JPEG file, or CMYK.
-
-        Raises:
-            BrokenImage: truncated or corrupt.
+        cannot be had: not an upright JPEG file, CMYK, or broken, which :meth:`region` then tells.
         """
         if self._pixels is not None:
             return None
@@ -335,7 +339,7 @@ class Decoder:
         self._data = data
         header = jpeg_header(data)
         if header is not None:
-            self._check_size(header.height, header.width)
+            self._limits.check_size(header.height, header.width)
         stream = self._codec.CodeStream(data)
         try:
             size = stream.height, stream.width
@@ -344,7 +348,7 @@ class Decoder:
         if size is None or data.startswith(_JPEG_2000):
             pixels = self._decode_with_pillow(data)
         else:
-            self._check_size(*size)
+            self._limits.check_size(*size)
             if (
                 header is not None
                 and header.orientation == 1
@@ -358,14 +362,6 @@ class Decoder:
             except BrokenImage:  # or a variant of PNG, BMP, TIFF that Pillow knows
                 pixels = self._decode_with_pillow(data)
         return Picture(pixels.shape[0], pixels.shape[1], pixels, None, self)
-
-    def _check_size(self, height: int, width: int) -> None:
-        if height * width > self._limits.max_pixels:
-            limit = self._limits.max_pixels
-            raise BrokenImage("too many pixels", f"{width} x {height}, more than {limit:,} pixels")
-        if min(height, width) < self._limits.min_side:
-            side = self._limits.min_side
-            raise BrokenImage("too small", f"{width} x {height}, a side below {side}")
 
     def _decode_region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Pixels:
         region = self._codec.Region(top, left, bottom, right)
@@ -399,7 +395,7 @@ class Decoder:
         formats = [name for name in _PILLOW_FORMATS if name in Image.OPEN]
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
-                self._check_size(image.height, image.width)
+                self._limits.check_size(image.height, image.width)
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except (BrokenImage, MemoryError):
             raise

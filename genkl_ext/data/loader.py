@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..rule import processors
 from .cpu import CpuEngine, Job, Kind, Made, Output
 from .decode import BrokenImage, Limits
 from .manifest import Manifest
@@ -316,7 +317,7 @@ def make_loader(
         wanted = ", ".join(map(str, _DTYPES))
         raise TypeError(f"{where}: dtype must be one of {wanted}, got {dtype!r}")
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        threads = processors()
     for name, value in (("batch_size", batch_size), ("prefetch", prefetch), ("threads", threads)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {name} must be an integer of at least 1, got {value!r}")

@@ -27,7 +27,8 @@ def num_batches(count: int, batch_size: int, shards: int, drop_last: bool) -> in
     """
     if drop_last:
         return count // shards // batch_size
-    batches = -(-count // shards) // batch_size + bool(-(-count // shards) % batch_size)
+    largest_share = -(-count // shards)
+    batches = -(-largest_share // batch_size)
     if count and count // shards < batches:
         raise ValueError(
             f"make_loader: {count} images in batches of {batch_size} cannot be shared by {shards} "

@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from .. import __version__
 from ..files import require_writable
+from ..rule import processors
 from .check import check, check_apart, may_decode, verify
 from .decode import BrokenImage, Decoder, Limits, read
 from .folders import by_name, is_folder
@@ -90,7 +91,7 @@ def scan(
         UserWarning: the journal of another scan (of other images or limits) was thrown away.
     """
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        threads = processors()
     if threads < 1:
         raise ValueError(f"scan: threads must be at least 1, got {threads}")
     start = time.perf_counter()
