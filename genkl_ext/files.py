@@ -11,7 +11,9 @@ half of one. What a killed process leaves is its temporary file, ``.NAME.*.parti
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST_STEM = 64  # bytes; leaves a temporary name room for its own parts below the usual 255
+_TRIES = 100  # to lock a file that others keep removing
 
 
 @contextmanager
@@ -90,6 +93,44 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     file is not touched.
     """
     _create_beside(_target(path)).unlink()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Only one process at a time is in this block; the file is there meanwhile.
+
+    Raises:
+        OSError: as :func:`open_locked`.
+    """
+    file = open_locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def open_locked(path: Path) -> int:
+    """The open file, made if it is not there, which no other process has until it is closed.
+
+    Raises:
+        OSError: another process has it, or it cannot be opened.
+    """
+    for _ in range(_TRIES):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have removed it since it was opened: the lock would be on nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+        except BlockingIOError:
+            os.close(file)
+            break
+        except OSError:
+            return file  # some network file systems have no locks
+        os.close(file)
+    raise OSError(f"{path} is in use by another process at work on it")
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

@@ -7,7 +7,6 @@ parts back up to the first line that is not whole; a journal of another job is b
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import zlib
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_TRIES = 100  # to lock a file that others keep removing
+from ..files import open_locked
 
 
 class Journal:
@@ -35,7 +34,7 @@ class Journal:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path = path
-        self._file = _open_locked(path)
+        self._file = open_locked(path)
         try:
             found, size = _read(path)
             mine = bool(found) and found[0] == about
@@ -69,25 +68,6 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         os.close(self._file)
-
-
-def _open_locked(path: Path) -> int:
-    """The open file, made if it is not there, which no other process has."""
-    for _ in range(_TRIES):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had it may have removed it since it was opened: the lock would be on nothing.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(path)):
-                    return file
-        except BlockingIOError:
-            os.close(file)
-            break
-        except OSError:
-            return file  # some network file systems have no locks
-        os.close(file)
-    raise OSError(f"{path} is in use by another process at work on it")
 
 
 def _line(part: Any) -> bytes:
