@@ -3,8 +3,8 @@
     rule.py        the GenKL rule and its score          reference.py  its definition in NumPy
     ops.py         the torch operators                   relabel.py    targets for the next training
     objective.py   the three-term training objective     scoring/      files in, table out
-    data/          manifests, decoding, batches          demo/         the whole loop on digits
-    cli/           the ``genkl`` command
+    data/          manifests, decoding, batches          training/     the loop, by recipes/
+    demo/          the whole loop on digits              cli/          the ``genkl`` command
 
 Importing this package loads neither torch nor DALI: names are resolved when first used.
 """
@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from .rule import GenKL as GenKL
     from .rule import Scores as Scores
     from .scoring import score_files as score_files
+    from .training.loop import run as run
 
     __version__: str
 
-_HOME = {"GenKL": ".rule", "Manifest": ".data", "Scores": ".rule", "score_files": ".scoring"}
+_HOME = {
+    "GenKL": ".rule",
+    "Manifest": ".data",
+    "Scores": ".rule",
+    "run": ".training.loop",
+    "score_files": ".scoring",
+}
 _MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
 
 __all__ = [
@@ -35,6 +42,7 @@ __all__ = [
     "ops",
     "reference",
     "relabel",
+    "run",
     "score_files",
 ]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from . import UsageError
-from .progress import Progress
 
 _MOST_SEEDS = 64  # members that one score can average
 
@@ -25,7 +24,7 @@ def demo(
     are trained, their predictions scored, the images relabelled, new networks trained with the
     objective of GenKL and fine-tuned, and all of it once more, beside plain training. Ends with
     a table of accuracies and of how well the images that fit no class were found, and two
-    pictures. A folder of an earlier demo is replaced; an interrupted one starts again.
+    pictures. Started again with the same folder, it goes on where it was stopped.
 
     Args:
         out: folder for everything the run makes
@@ -48,17 +47,21 @@ def demo(
 
     from rich.console import Console
 
-    from ..demo import figures, loop, results
-    from ..demo.training import Settings
+    from ..demo import figures, results, run
+    from .run import Bars
 
     start = time.perf_counter()
-    settings = Settings(steps=20, validate_every=10, fine_tune_steps=5) if quick else Settings()
-    with Progress("training", "steps") as progress:
-        run = loop.run(out, list(range(seed, seed + seeds)), flips, settings, print, progress)
-    judged = results.judge(run)
-    pictures = figures.draw(run, judged)
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)
+
+    bars = Bars()
+    summary = run.run(out, list(range(seed, seed + seeds)), flips, quick, say, bars.begin)
+    bars.close()
+    judged = results.judge(out, summary)
+    pictures = figures.draw(out, judged)
     seconds = time.perf_counter() - start
-    results.save(run, judged, seconds)
+    results.save(out, judged, seconds)
 
     console = Console()
     for table in results.tables(judged):
@@ -66,6 +69,6 @@ def demo(
         console.print(table)
     for note in judged.notes:
         console.print(f"[dim]- {note}[/dim]", highlight=False)
-    console.print(f"\n{seconds:.0f} s. In {out}: results.md, summary.json", highlight=False)
+    console.print(f"\n{seconds:.0f} s. In {out}: results.md, results.json", highlight=False)
     for picture in pictures:
         console.print(f"  {picture}", highlight=False)

@@ -27,8 +27,12 @@ COMMANDS = {
     "info": "what is installed and built, and what is missing",
     "data info": "what a folder, table or manifest of images holds, and what is odd in it",
     "data make-example": "a miniature of a data set, in its layout",
-    "score": "NC scores of prediction files",
+    "run": "the whole framework by a recipe: members, NC set, relabelling, training, again",
     "scan": "the broken images of a data set, and why they are",
+    "score": "NC scores of prediction files",
+    "relabel": "targets of the next training, from scores and given labels",
+    "train": "one training of a recipe: with the objective of GenKL, or on given labels",
+    "finetune": "from trained weights, on the clean images",
     "bench": "the benchmarks that suit this machine",
 }
 

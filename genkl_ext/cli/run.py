@@ -34,8 +34,8 @@ def run(
 
     Example:
         genkl run clothing1m --data-root /data/clothing1m --out runs/clothing1m
-        genkl run folder --data-root photos/ --out runs/photos training.epochs=10 network.name=resnet18
-        torchrun --nproc-per-node 8 -m genkl_ext.cli.main run clothing1m --data-root /data/clothing1m
+        genkl run folder --data-root photos/ -o runs/photos training.epochs=10 network.name=resnet18
+        torchrun --nproc-per-node 8 -m genkl_ext.cli.main run clothing1m --data-root /data/c1m
     """
     from ..training import recipe as recipes
 

@@ -1,12 +1,9 @@
 """``genkl demo``: the whole GenKL loop on 1,797 scanned digits, on any machine, in minutes.
 
     digits.py    writes the digits as JPEG files in the folder layout of Clothing1M
-    layout.py    a split in memory: keys, labels, decoded images
-    training.py  the network; plain training, training with the objective, fine-tuning, prediction
-    workers.py   trainings side by side, one thread each
-    loop.py      the algorithm, with baselines beside it
-    folder.py    the run's folder
-    results.py   the finished run judged by the truth; its table
+    network.py   a small network for them
+    run.py       the data, then the recipe "demo" through ``genkl_ext.run``
+    results.py   the finished run judged by the truth; its tables
     figures.py   its two pictures
 
 Digits 0 to 7 are the classes. Every 8 and 9 fits none of them and was "crawled" under a random

@@ -9,32 +9,31 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import atomic_write
-from .loop import Run
 from .results import Results
 
 _BLUE, _ORANGE, _INK = "#3b6fb6", "#e07b39", "#333333"
 _COLUMNS, _ROWS = 10, 4
 
 
-def draw(run: Run, results: Results) -> list[Path]:
+def draw(out: Path, results: Results) -> list[Path]:
     """Write both pictures; return their paths."""
     made = {
-        "critical_alpha.png": _histogram(run, results),
-        "most_nonconforming.png": _contact_sheet(run, results),
+        "critical_alpha.png": _histogram(results),
+        "most_nonconforming.png": _contact_sheet(results),
     }
     for name, figure in made.items():
-        with atomic_write(run.out / name) as temporary:
+        with atomic_write(out / name) as temporary:
             figure.savefig(temporary, dpi=120, facecolor="white")
-    return [run.out / name for name in made]
+    return [out / name for name in made]
 
 
-def _histogram(run: Run, results: Results) -> Figure:
+def _histogram(results: Results) -> Figure:
     """Critical alpha of the noisy images, one panel per iteration."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(run.iterations), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(results.critical), sharey=True, squeeze=False)[0]
     truth = results.nonconforming
-    for t, (axis, iteration) in enumerate(zip(axes, run.iterations, strict=True)):
-        critical, alpha = iteration.scores.critical_alpha, iteration.rule.alpha
+    alphas = [i.threshold for i in results.identifications if i.score == "GenKL"]
+    for t, (axis, critical, alpha) in enumerate(zip(axes, results.critical, alphas, strict=True)):
         bins = np.linspace(0, critical.max(), 41)
         for name, colour, rows in (
             ("digit 0 to 7: fits a class", _BLUE, ~truth),
@@ -68,10 +67,10 @@ def _histogram(run: Run, results: Results) -> Figure:
     return figure
 
 
-def _contact_sheet(run: Run, results: Results) -> Figure:
+def _contact_sheet(results: Results) -> Figure:
     """The images of the last iteration with the largest critical alpha, in that order."""
-    scores, noisy = run.iterations[-1].scores, run.data.noisy
-    order = np.argsort(-scores.critical_alpha, kind="stable")[: _COLUMNS * _ROWS]
+    critical, noisy = results.critical[-1], results.noisy
+    order = np.argsort(-critical, kind="stable")[: _COLUMNS * _ROWS]
     hits = int(results.nonconforming[order].sum())
     figure = Figure(figsize=(10, 6.1), layout="constrained")
     figure.suptitle(
@@ -81,7 +80,7 @@ def _contact_sheet(run: Run, results: Results) -> Figure:
         fontweight="bold",
     )
     for axis, row in zip(figure.subplots(_ROWS, _COLUMNS).flat, order, strict=True):
-        with Image.open(run.out / "data" / noisy.keys[row]) as image:
+        with Image.open(noisy.path(row)) as image:
             axis.imshow(np.asarray(image), cmap="gray_r", interpolation="bicubic")
         axis.set_xticks([])
         axis.set_yticks([])
@@ -89,8 +88,7 @@ def _contact_sheet(run: Run, results: Results) -> Figure:
         for side in axis.spines.values():
             side.set(color=colour, linewidth=2)
         axis.set_xlabel(
-            f"label {noisy.labels[row]}, top {scores.top_class[row]}\n"
-            f"{scores.critical_alpha[row]:.2f}",
+            f"label {noisy.labels[row]}, top {results.top_class[row]}\n{critical[row]:.2f}",
             fontsize=8,
             color=_INK,
         )

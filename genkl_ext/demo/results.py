@@ -1,35 +1,41 @@
-"""A finished run judged by the truth: accuracies, NC identification, and the table of both."""
+"""A finished run judged by the truth: accuracies, NC identification, and the tables of both."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Iterable
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
 from .. import __version__
-from . import digits, folder
-from .layout import read_pairs
-from .loop import FALSE_ALARMS, Predictions, Run, threshold
-from .training import Trained, accuracy, predict
-from .workers import one_thread
+from ..data import Manifest
+from ..files import atomic_write
+from ..training.loop import Spread, Summary, chosen
+from . import digits
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+NAMES = {
+    "noisy": "plain, noisy labels",
+    "both": "plain, noisy and clean labels",
+    "members": "clean labels only",
+}
+Predictions = NDArray[np.float32]
+
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Test accuracy of one kind of training, from 0 to 1, one number per seed."""
+    """One kind of training: accuracies from 0 to 1, one number per seed."""
 
     name: str
-    best: list[float]  #: of the weights with the best validation accuracy
-    last: list[float]  #: of the weights after the last step
+    validation: list[float]
+    test: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,44 +57,62 @@ class Results:
 
     accuracies: list[Accuracy]
     identifications: list[Identification]
+    noisy: Manifest  #: the noisy images
+    critical: list[NDArray[np.float32]]  #: (N,) of each iteration
+    top_class: NDArray[np.int32]  #: (N,) of the last iteration
     nonconforming: NDArray[np.bool_]  #: (N,) the truth: digit 8 or 9
     notes: list[str]
 
 
-@one_thread()
-def judge(run: Run) -> Results:
-    """Look at the test images and at which noisy images fit no class, and compare."""
-
-    def test(name: str, networks: list[Trained]) -> Accuracy:
-        def each(weights: Iterable[nn.Module]) -> list[float]:
-            images = run.data.test
-            return [accuracy(predict(network, images), images.labels) for network in weights]
-
-        return Accuracy(name, each(n.best for n in networks), each(n.last for n in networks))
-
-    accuracies = [
-        test("plain, noisy labels", run.plain),
-        test("plain, noisy and clean labels", run.plain_both),
-        test("clean labels only", run.members),
-    ]
-    digit = read_pairs(run.out / "data" / "true_digit_kv.txt")
-    true = np.array([digit[key] for key in run.data.noisy.keys])
+def judge(out: Path, summary: Summary) -> Results:
+    """Look at which noisy images fit no class, and compare."""
+    run = summary.out
+    manifest = Manifest.load(run / "manifest.parquet")
+    noisy = manifest.split("train")
+    digit = read_pairs(out / "data" / "true_digit_kv.txt")
+    true = np.array([digit[key] for key in noisy.keys()])  # noqa: SIM118 (a method, not a dict)
     nonconforming = true >= digits.CLASSES
-    identifications = []
-    for t, iteration in enumerate(run.iterations):
+
+    def accuracy(name: str, fitted: list[Any]) -> Accuracy:
+        validation = [facts["best_accuracy"] for facts in fitted]
+        return Accuracy(name, validation, [facts["test"]["top1"] for facts in fitted])
+
+    accuracies = [accuracy(NAMES[name], facts) for name, facts in summary.baselines.items()]
+    identifications, critical = [], []
+    for facts in summary.iterations:
+        t, trials = facts["iteration"], facts["trials"]
         accuracies += [
-            test(f"GenKL iteration {t}", iteration.trials),
-            test(f"GenKL iteration {t}, fine-tuned", iteration.tuned),
+            accuracy(f"GenKL iteration {t}", [trial["train"] for trial in trials]),
+            accuracy(f"GenKL iteration {t}, fine-tuned", [chosen(trial) for trial in trials]),
         ]
-        entropy = normalised_entropy(iteration.noisy_predictions)
-        limit = threshold(normalised_entropy(iteration.validation_predictions))
-        critical, rule = np.asarray(iteration.scores.critical_alpha), iteration.rule
+        place = run / f"iteration-{t}"
+        scores = pq.read_table(place / "scores.parquet")
+        critical.append(np.asarray(scores["critical_alpha"]))
+        entropy, validation = (
+            normalised_entropy([np.load(path) for path in sorted((place / name).glob("*.npy"))])
+            for name in ("predictions", "validation")
+        )
+        limit = float(np.quantile(validation, 0.95, method="higher"))
+        alpha = facts["nonconforming"][0]["alpha"]
         identifications += [
-            identify(t, "GenKL", critical, rule.alpha, nonconforming),
+            identify(t, "GenKL", critical[-1], alpha, nonconforming),
             identify(t, "entropy", entropy, limit, nonconforming),
         ]
-    flipped = int(((run.data.noisy.labels != true) & ~nonconforming).sum())
-    return Results(accuracies, identifications, nonconforming, _notes(run, nonconforming, flipped))
+    return Results(
+        accuracies,
+        identifications,
+        noisy,
+        critical,
+        np.asarray(scores["top_class"]),
+        nonconforming,
+        _notes(out, summary, int(((noisy.labels != true) & ~nonconforming).sum()), nonconforming),
+    )
+
+
+def read_pairs(path: Path) -> dict[str, int]:
+    """A "key label" file."""
+    pairs = (line.split() for line in path.read_text().splitlines())
+    return {key: int(label) for key, label in pairs}
 
 
 def identify(
@@ -99,7 +123,8 @@ def identify(
     nonconforming: NDArray[np.bool_],
 ) -> Identification:
     """Compare the images whose score reaches the limit with those that fit no class."""
-    flagged = score >= limit
+    # The table of scores is float32: an alpha between two of its values is the next one above.
+    flagged = score >= np.asarray(limit, score.dtype)
     hits = int((flagged & nonconforming).sum())
     return Identification(
         iteration=iteration,
@@ -118,36 +143,21 @@ def normalised_entropy(predictions: list[Predictions]) -> NDArray[np.float64]:
     return -np.sum(q * np.log(np.where(q > 0, q, 1.0)), axis=1) / np.log(q.shape[1])
 
 
-def save(run: Run, results: Results, seconds: float) -> None:
-    """``results.md`` and the summaries of the run and of its iterations."""
-    folder.save_text(run.out / "results.md", markdown(results))
-    for t, iteration in enumerate(run.iterations):
-        source = f"iteration-{t - 1}/trial-" if t else "iteration-0/members/"
-        names = (f"GenKL iteration {t}", f"GenKL iteration {t}, fine-tuned")
-        folder.save_json(
-            run.out / f"iteration-{t}" / "summary.json",
-            {
-                "members": [f"{source}{seed}/best.safetensors" for seed in run.seeds],
-                "rule": dataclasses.asdict(iteration.rule),
-                "noisy_images": len(iteration.scores),
-                "nc_images": int(iteration.scores.nc.sum()),
-                "accuracy": [dataclasses.asdict(a) for a in results.accuracies if a.name in names],
-                "identification": [
-                    dataclasses.asdict(i) for i in results.identifications if i.iteration == t
-                ],
-            },
-        )
-    summary: dict[str, Any] = {
+def save(out: Path, results: Results, seconds: float) -> None:
+    """``results.md`` and ``results.json``."""
+    facts = {
         "version": __version__,
-        "seeds": run.seeds,
-        "flips": run.flips,
         "seconds": round(seconds, 1),
-        "settings": dataclasses.asdict(run.settings),
         "accuracy": [dataclasses.asdict(a) for a in results.accuracies],
         "identification": [dataclasses.asdict(i) for i in results.identifications],
         "notes": results.notes,
     }
-    folder.save_json(run.out / "summary.json", summary)  # last: the run is complete
+    for name, text in (
+        ("results.md", markdown(results)),
+        ("results.json", json.dumps(facts, indent=2) + "\n"),
+    ):
+        with atomic_write(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def tables(results: Results) -> list[Table]:
@@ -176,13 +186,16 @@ def markdown(results: Results) -> str:
 
 def _tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of each table."""
-    seeds = len(results.accuracies[0].best)
+    seeds = len(results.accuracies[0].test)
     spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     return [
         (
-            f"Test accuracy in %, {spread}",
-            ["training", "best validation", "last step"],
-            [[a.name, _spread(a.best), _spread(a.last)] for a in results.accuracies],
+            f"Accuracy in %, {spread}",
+            ["training", "validation", "test"],
+            [
+                [a.name, str(Spread.of(a.validation)), str(Spread.of(a.test))]
+                for a in results.accuracies
+            ],
         ),
         (
             "Finding the images that fit no class, in %",
@@ -196,29 +209,23 @@ def _tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _notes(run: Run, nonconforming: NDArray[np.bool_], flipped: int) -> list[str]:
+def _notes(
+    out: Path, summary: Summary, flipped: int, nonconforming: NDArray[np.bool_]
+) -> list[str]:
     """What the numbers rest on."""
-    noisy, clean = run.data.noisy, run.data.clean
-    validation, settings = run.data.validation, run.settings
-    alphas = " and ".join(f"{iteration.rule.alpha:.3g}" for iteration in run.iterations)
-    rule = run.iterations[0].rule
+    sizes = summary.images
+    flips = json.loads((out / "demo.json").read_text())["flips"]
     lookalike = "the class that looks most alike (0 and 6, 1 and 4, 2 and 7, 3 and 5)"
-    other = lookalike if run.flips == "lookalike" else "any other class"
+    alphas = [f"{facts['nonconforming'][0]['alpha']:.3g}" for facts in summary.iterations]
     return [
-        f"Noisy set: {len(noisy):,} images, of which {nonconforming.sum()} are 8s or 9s under "
-        f"random labels and {flipped} carry the label of {other}. Besides: {len(clean)} clean, "
-        f"{len(validation)} validation and {len(run.data.test)} test images of the digits 0 to 7.",
-        f"Every training takes {settings.steps:,} steps with the same network; a step sees "
-        f"{settings.objective.batch_size} images, and with GenKL as many clean ones besides.",
+        f"Noisy set: {sizes['train']:,} images, of which {nonconforming.sum()} are 8s or 9s under "
+        f"random labels and {flipped} carry the label of "
+        f"{lookalike if flips == 'lookalike' else 'any other class'}. Besides: {sizes['clean']} "
+        f"clean, {sizes['val']} validation and {sizes['test']} test images of the digits 0 to 7.",
+        "All settings are in run/recipe.yaml: beta and sigma are Clothing1M's times 14/8, the "
+        "weights of the objective and the mixup are Clothing1M's.",
+        f"alpha, {' and '.join(alphas)}, is the critical alpha that 5 % of the clean validation "
+        "images reach; the threshold of the entropy is chosen in the same way.",
         "The best weights are chosen by the clean validation images, for every kind of training.",
-        f"Rule: beta {rule.beta:.4g} and sigma {rule.sigma:.4g} are Clothing1M's times 14/8; "
-        f"{rule.num_vectors} vectors. alpha, {alphas}, is the critical alpha that "
-        f"{100 * FALSE_ALARMS:.0f} % of the clean validation images reach; the threshold of the "
-        "entropy is chosen in the same way. Objective: the weights and the mixup of Clothing1M.",
         "Which images fit no class was looked up for these tables only. AUROC needs no threshold.",
     ]

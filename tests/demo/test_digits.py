@@ -8,14 +8,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from genkl_ext.demo import digits, layout
+from genkl_ext.data import Manifest
+from genkl_ext.demo import digits, results
 
 LISTS = {"train": "noisy_train", "clean": "clean_train", "val": "clean_val", "test": "clean_test"}
 
 
 @pytest.fixture(scope="module")
 def true_digit(digits_folder):
-    return layout.read_pairs(digits_folder / "true_digit_kv.txt")
+    return results.read_pairs(digits_folder / "true_digit_kv.txt")
 
 
 def keys_of(folder, name):
@@ -38,7 +39,7 @@ def test_keys_are_those_of_clothing1m(true_digit):
 
 
 def test_clean_splits_hold_verified_digits_of_the_classes(digits_folder, true_digit):
-    labels = layout.read_pairs(digits_folder / "images" / "clean_label_kv.txt")
+    labels = results.read_pairs(digits_folder / "images" / "clean_label_kv.txt")
     sizes = {
         "clean_train": digits.CLEAN_TRAIN,
         "clean_val": [digits.CLEAN_VAL] * 8,
@@ -53,7 +54,7 @@ def test_clean_splits_hold_verified_digits_of_the_classes(digits_folder, true_di
 
 
 def test_noisy_split(digits_folder, true_digit):
-    labels = layout.read_pairs(digits_folder / "images" / "noisy_label_kv.txt")
+    labels = results.read_pairs(digits_folder / "images" / "noisy_label_kv.txt")
     keys = keys_of(digits_folder, "noisy_train")
     assert set(labels) == set(keys)
     given = np.array([labels[key] for key in keys])
@@ -78,8 +79,8 @@ def test_lookalikes_come_in_pairs():
 
 def test_random_flips(tmp_path):
     digits.write(tmp_path / "data", 0, "random")
-    labels = layout.read_pairs(tmp_path / "data/images/noisy_label_kv.txt")
-    true = layout.read_pairs(tmp_path / "data/true_digit_kv.txt")
+    labels = results.read_pairs(tmp_path / "data/images/noisy_label_kv.txt")
+    true = results.read_pairs(tmp_path / "data/true_digit_kv.txt")
     pairs = [(true[key], labels[key]) for key in labels if true[key] < 8]
     flipped = [(digit, label) for digit, label in pairs if digit != label]
     assert len(flipped) == round(0.25 * len(pairs))
@@ -93,35 +94,20 @@ def test_the_list_of_nonconforming_images_has_no_prefix(digits_folder, true_digi
     assert len(listed) == len(expected)
 
 
-def test_images_are_the_digits(digits_folder, true_digit, splits):
+def test_images_are_the_digits(digits_folder, true_digit):
     for key in list(true_digit)[:20]:
         with Image.open(digits_folder / key) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "L", (32, 32))
     # What is read back looks like the scan: its ink lies where the mean of its digit has ink.
     scans = load_digits()
     means = np.stack([scans.images[scans.target == c].mean(axis=0) for c in range(8)])
-    test = splits["test"]
-    small = test.images.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
-    distance = ((small[:, None] * 16 / 255 - means) ** 2).sum(axis=(2, 3))
+    test = Manifest.from_clothing1m(digits_folder).split("test")
+    images = []
+    for path in test.paths():
+        with Image.open(path) as image:
+            images.append(np.asarray(image, float).reshape(8, 4, 8, 4).mean(axis=(1, 3)))
+    distance = ((np.stack(images)[:, None] * 16 / 255 - means) ** 2).sum(axis=(2, 3))
     assert (distance.argmin(axis=1) == test.labels).mean() > 0.85
-
-
-def test_reading_a_split(splits, digits_folder, true_digit):
-    for name, split in splits.items():
-        assert split.keys == keys_of(digits_folder, LISTS[name])
-        assert split.images.shape == (len(split), 1, 16, 16)
-        assert split.images.dtype == np.uint8
-        assert split.labels.shape == (len(split),)
-    clean = splits["clean"]
-    assert clean.labels.tolist() == [true_digit[key] for key in clean.keys]
-
-
-def test_two_splits_together(splits):
-    both = splits["clean"] + splits["val"]
-    n = len(splits["clean"])
-    assert both.keys == splits["clean"].keys + splits["val"].keys
-    np.testing.assert_array_equal(both.images[n:], splits["val"].images)
-    np.testing.assert_array_equal(both.labels[:n], splits["clean"].labels)
 
 
 def test_same_seed_same_bytes(digits_folder, tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from genkl_ext.demo import loop, results
+from genkl_ext.demo import results
 from genkl_ext.demo.results import Accuracy, Identification, Results
 
 
@@ -34,26 +34,14 @@ def test_normalised_entropy():
     np.testing.assert_allclose(results.normalised_entropy([a, b]), [1])
 
 
-def test_threshold_flags_the_share_it_promises():
-    values = np.random.default_rng(0).permutation(160) / 160
-    assert (values >= loop.threshold(values)).sum() == 8
-
-
-def test_chosen_rule():
-    rng = np.random.default_rng(0)
-    members = [rng.dirichlet(np.full(8, 0.2), 160).astype(np.float32) for _ in range(3)]
-    rule = loop.choose_rule(members, 8, seed=4)
-    assert (rule.num_classes, rule.num_vectors, rule.seed) == (8, 20, 4)
-    assert rule.tau * 8 == pytest.approx((1 / 14 - 0.03) * 14)
-    assert rule.sigma * 8 == pytest.approx(0.05 * 14)
-    assert (rule.score(members).critical_alpha >= rule.alpha).sum() == 8
-
-
 @pytest.fixture
 def made_up():
     return Results(
         accuracies=[Accuracy("plain", [0.9, 0.8], [0.7, 0.7]), Accuracy("GenKL", [1, 1], [1, 1])],
         identifications=[Identification(0, "GenKL", 0.25, 0.3, 0.9, math.nan, 0.95)],
+        noisy=None,
+        critical=[],
+        top_class=np.zeros(3, np.int32),
         nonconforming=np.zeros(3, bool),
         notes=["A note."],
     )
@@ -61,7 +49,7 @@ def made_up():
 
 def test_markdown(made_up):
     text = results.markdown(made_up)
-    assert "| plain | 85.0 ± 7.1 | 70.0 ± 0.0 |" in text
+    assert "| plain | 85.00 ± 7.07 | 70.00 ± 0.00 |" in text
     assert "| GenKL, iteration 0 | 0.250 | 30.0 | 90.0 | nan | 95.0 |" in text
     assert "mean and standard deviation of 2 seeds" in text
     assert text.endswith("- A note.\n")
@@ -73,5 +61,5 @@ def test_markdown(made_up):
 def test_one_seed_has_no_spread(made_up):
     made_up.accuracies[:] = [Accuracy("plain", [0.9], [0.8])]
     text = results.markdown(made_up)
-    assert "| plain | 90.0 | 80.0 |" in text
+    assert "| plain | 90.00 | 80.00 |" in text
     assert "one seed" in text
