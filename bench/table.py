@@ -239,6 +239,46 @@ def _loading(result: Result, workers: int) -> str:
     return _table(header, lines)
 
 
+def _training_page(result: Result) -> str:
+    parts = [
+        _training_part(result, section, title, columns)
+        for section, (title, columns) in _TRAINING.items()
+        if any(c["section"] == section for c in result["cells"])
+    ]
+    return "\n".join(parts)
+
+
+_TRAINING: dict[str, tuple[str, dict[str, str]]] = {  # section -> title, cell -> column
+    "step": ("One step", {"median_ms": "ms", "ratio": "x cross-entropy"}),
+    "parts": ("Parts of a step", {"median_ms": "ms", "share": "of a plain step"}),
+    "files": (
+        "JPEG files to steps",
+        {"images_per_second": "img/s", "wait": "share of the time waited"},
+    ),
+    "memory": ("Memory", {"peak_mib": "MiB at most"}),
+    "engine": (
+        "engine.fit against a bare loop",
+        {"step_ms": "ms a step", "once_ms": "ms once", "images_per_second": "img/s"},
+    ),
+}
+
+
+def _training_part(result: Result, section: str, title: str, columns: dict[str, str]) -> str:
+    lines = [
+        [
+            c["network"].rpartition(":")[2] + (", compiled" if c["compile"] else ""),
+            c["size"],
+            c["batch"],
+            c["candidate"],
+            *(_n(c[name]) for name in columns),
+        ]
+        for c in result["cells"]
+        if c["section"] == section
+    ]
+    header = ["network", "pixels", "images", "candidate", *columns.values()]
+    return f"## {title}\n\n{_table(header, lines)}"
+
+
 # ---- blocks of the README ------------------------------------------------------------------------
 
 
@@ -251,6 +291,14 @@ def _loading_block(result: Result) -> str:
         f"{result['settings']['count']:,} files. {_machine(result)}\n\n"
     )
     return title + _loading({**result, "cells": made}, every)
+
+
+def _training_block(result: Result) -> str:
+    """What the objective costs in a step, by network."""
+    steps = [c for c in result["cells"] if c["section"] == "step" and c["candidate"] == "GenKL"]
+    some = {**result, "cells": steps}
+    title = f"One step of the objective, against plain cross-entropy. {_machine(result)}\n\n"
+    return title + _training_part(some, "step", "", _TRAINING["step"][1]).partition("\n\n")[2]
 
 
 def _scoring_block(result: Result) -> str:
@@ -301,12 +349,14 @@ _PAGES = {
     "score_command": _command_page,
     "scoring": _scoring_page,
     "scoring_cuda": _scoring_cuda_page,
+    "training": _training_page,
 }
 _BLOCKS = {
     "loading": _loading_block,
     "scoring": _scoring_block,
     "scoring_cuda": _scoring_cuda_block,
     "score_command": _command_block,
+    "training": _training_block,
 }
 
 

@@ -26,13 +26,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-CLEAN, NNC, NC = 0, 1, 2
+CLEAN, NNC, NC = GROUPS = 0, 1, 2
+
+GroupWeight = Literal["equal", "size"]
 
 
 def double_hot_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,8 +51,7 @@ def double_hot_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (B,), in the dtype of the log-softmax (float32 for half precision).
     """
-    log_p = _log_softmax(logits)
-    return -torch.logsumexp(log_p + targets.to(log_p.dtype).log(), dim=1)
+    return _double_hot(_log_softmax(logits), targets)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -61,8 +63,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (B,), in the dtype of the log-softmax (float32 for half precision).
     """
-    log_p = _log_softmax(logits)
-    return -(targets.to(log_p.dtype) * log_p).sum(dim=1)
+    return _soft(_log_softmax(logits), targets)
 
 
 class Mixup(NamedTuple):
@@ -94,9 +95,15 @@ class Losses(NamedTuple):
 class Objective:
     """The weights of the three groups and the amount of mixing; defaults of Clothing1M.
 
+    L = scale (w1 L_clean + w2 L_nnc + w3 L_nc), each L a mean over its group. As published, the
+    scale is 1 / B: it only scales the learning rate, and is kept because the published weights
+    and learning rates belong together with it. Weight decay, which it does not scale, is that
+    much stronger beside the losses.
+
     A group mean does not depend on the size of its group: one NC image in a batch weighs as much
-    as thirty. Dividing by the configured batch size only scales the learning rate; it is kept
-    because the published weights and learning rates belong together with it.
+    as thirty. With group_weight="size" each L_g is multiplied by 3 n_g / n, where n_g of the n
+    images of the batch are in group g: every image of a group then weighs the same in each batch,
+    and groups of equal size give the same loss either way.
     """
 
     clean: float = 1.0  #: w1
@@ -104,6 +111,8 @@ class Objective:
     nc: float = 1.0  #: w3
     batch_size: int = 32  #: B, as configured, not of the batch at hand
     mixup_alpha: float = 0.5  #: lambda ~ Beta(mixup_alpha, mixup_alpha); 0 or less: no mixing
+    loss_scale: float | None = None  #: None: 1 / batch_size
+    group_weight: GroupWeight = "equal"
 
     def __post_init__(self) -> None:
         for name in ("clean", "nnc", "nc"):
@@ -114,6 +123,13 @@ class Objective:
             raise ValueError(f"Objective: batch_size must be at least 1, got {self.batch_size}")
         if not math.isfinite(self.mixup_alpha):
             raise ValueError(f"Objective: mixup_alpha must be finite, got {self.mixup_alpha}")
+        scale = self.loss_scale
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"Objective: loss_scale must be a finite number > 0, got {scale}")
+        if self.group_weight not in get_args(GroupWeight):
+            raise ValueError(
+                f"Objective: group_weight must be 'equal' or 'size', got {self.group_weight!r}"
+            )
 
     def draw_mixup(self, groups: Tensor, rng: np.random.Generator) -> Mixup | None:
         """Draw one coefficient and one permutation for the clean and for the NNC group.
@@ -144,7 +160,14 @@ class Objective:
         return Mixup(torch.from_numpy(partner), torch.from_numpy(weight))
 
     def __call__(
-        self, logits: Tensor, targets: Tensor, groups: Tensor, mixup: Mixup | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        groups: Tensor,
+        mixup: Mixup | None = None,
+        partner_targets: Tensor | None = None,
+        *,
+        all_ranks: bool = False,
     ) -> Losses:
         """The losses of one batch.
 
@@ -153,6 +176,12 @@ class Objective:
             targets: (B', k) of the unmixed images: one-hot, double-hot or uniform by group.
             groups: (B',) of CLEAN, NNC and NC.
             mixup: as the images were mixed; None if they were not.
+            partner_targets: (B', k) of the image that each is mixed with, where that is not
+                ``targets[mixup.partner]``.
+            all_ranks: the processes of torch.distributed train together, and the means are over
+                the batches of all of them. Each process gets losses whose average over the
+                processes is the loss of the whole batch, so that averaging gradients, as
+                DistributedDataParallel does, gives its gradient. Every process must call.
 
         Returns:
             Losses; ``total`` is what to differentiate.
@@ -165,16 +194,37 @@ class Objective:
                 "Objective: logits and targets must have shape (B, k) and groups (B,), got "
                 f"{tuple(logits.shape)}, {tuple(targets.shape)} and {tuple(groups.shape)}"
             )
+        log_p = _log_softmax(logits)
         # A one-hot t makes -ln <p, t> the usual cross-entropy: one formula serves two groups.
-        hot = double_hot_loss(logits, targets)
+        hot = _double_hot(log_p, targets)
         if mixup is not None:
-            partner = double_hot_loss(logits, targets[mixup.partner])
+            if partner_targets is None:
+                partner_targets = targets[mixup.partner]
+            partner = _double_hot(log_p, partner_targets)
             hot = partner.lerp(hot, mixup.weight.to(hot.dtype))
-        clean = _group_mean(hot, groups == CLEAN)
-        nnc = _group_mean(hot, groups == NNC)
-        nc = _group_mean(soft_cross_entropy(logits, targets), groups == NC)
-        total = (self.clean * clean + self.nnc * nnc + self.nc * nc) / self.batch_size
-        return Losses(total, clean, nnc, nc)
+        losses = torch.where(groups == NC, _soft(log_p, targets), hot)
+
+        members = groups == torch.arange(len(GROUPS), device=groups.device)[:, None]
+        counts, ranks = members.sum(dim=1), 1
+        if all_ranks:
+            counts, ranks = sum_over_ranks(counts)
+        # An empty group has the sum 0, with a gradient of 0.
+        means = torch.where(members, losses, 0.0).sum(dim=1) * ranks / counts.clamp(min=1)
+        parts = means
+        if self.group_weight == "size":
+            parts = means * len(GROUPS) * counts / counts.sum().clamp(min=1)
+        clean, nnc, nc = parts.unbind()
+        scale = 1 / self.batch_size if self.loss_scale is None else self.loss_scale
+        total = (self.clean * clean + self.nnc * nnc + self.nc * nc) * scale
+        return Losses(total, *means.unbind())
+
+
+def sum_over_ranks(count: Tensor) -> tuple[Tensor, int]:
+    """The sum of ``count`` over the processes of torch.distributed, and how many these are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count, 1
+    dist.all_reduce(count)
+    return count, dist.get_world_size()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -182,6 +232,9 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=1, dtype=torch.float32 if half else None)
 
 
-def _group_mean(losses: Tensor, members: Tensor) -> Tensor:
-    """Mean over the members; 0, with a gradient of 0, if there are none."""
-    return torch.where(members, losses, 0.0).sum() / members.sum().clamp(min=1)
+def _double_hot(log_p: Tensor, targets: Tensor) -> Tensor:
+    return -torch.logsumexp(log_p + targets.to(log_p.dtype).log(), dim=1)
+
+
+def _soft(log_p: Tensor, targets: Tensor) -> Tensor:
+    return -(targets.to(log_p.dtype) * log_p).sum(dim=1)

@@ -72,6 +72,9 @@ class Targets:
     prior: Array  #: (N,) float32, r_y: the prior belief in the given label
     nc: Array  #: (N,) bool, non-conforming: the target is uniform
     num_classes: int
+    prior_everywhere: bool = False
+    #: r_y is added to every class, not to y alone, as the published program does for mini
+    #: WebVision by mistake
 
     @classmethod
     def of(cls, scores: Scores, labels: Array, ratio: Array, nc: Array | None = None) -> Targets:
@@ -110,23 +113,67 @@ class Targets:
             num_classes=k,
         )
 
+    @classmethod
+    def of_labels(cls, labels: Array, num_classes: int) -> Targets:
+        """Targets of verified images: one-hot at the label, which is all that is believed.
+
+        They stay one-hot where a prior is added everywhere, or taken from another row.
+
+        Args:
+            labels: (N,) integers from 0 to num_classes - 1.
+            num_classes: k.
+
+        Raises:
+            TypeError, ValueError: as for :func:`targets`.
+        """
+        xp = _namespace(labels)
+        label = xp.asarray(_check_labels("Targets.of_labels", labels, num_classes), dtype=xp.int32)
+        return cls(
+            top_class=label,
+            top_prob=xp.ones_like(label, dtype=xp.float32),
+            label=label,
+            prior=xp.zeros_like(label, dtype=xp.float32),
+            nc=xp.zeros_like(label, dtype=xp.bool),
+            num_classes=num_classes,
+        )
+
     def __len__(self) -> int:
         return len(self.label)
 
     def __getitem__(self, rows: Any) -> Targets:
         """The targets of some rows: a slice, an index array or a mask."""
-        columns = ("top_class", "top_prob", "label", "prior", "nc")
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in columns})
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
-    def dense(self) -> Array:
-        """(N, k) float32 rows: 1/k everywhere, or max(q) at a plus r_y at y; not normalised."""
+    def joined(self, other: Targets) -> Targets:
+        """These rows and then those of another; of the kind, device and settings of these."""
+        xp = _namespace(self.label)
+        columns = {n: xp.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        return dataclasses.replace(self, **columns)
+
+    def dense(self, nc_targets: Array | None = None) -> Array:
+        """(N, k) float32 rows: 1/k everywhere, or max(q) at a plus r_y at y; not normalised.
+
+        Args:
+            nc_targets: (n, k) rows for the n non-conforming ones, in their order, instead of the
+                uniform one: the published program gives them their averaged prediction on
+                Clothing1M, by mistake.
+        """
         xp = _namespace(self.label)
         device = {} if xp is np else {"device": self.label.device}
         row = xp.arange(len(self), **device)
         t = xp.zeros((len(self), self.num_classes), dtype=xp.float32, **device)
         t[row, self.top_class] = self.top_prob
-        t[row, self.label] += self.prior
-        return xp.where(self.nc[:, None], 1.0 / self.num_classes, t)
+        if self.prior_everywhere:
+            t += self.prior[:, None]
+        else:
+            t[row, self.label] += self.prior
+        if nc_targets is None:
+            return xp.where(self.nc[:, None], 1.0 / self.num_classes, t)
+        t[self.nc] = nc_targets
+        return t
+
+
+_COLUMNS = ("top_class", "top_prob", "label", "prior", "nc")  # of Targets: one entry per row
 
 
 def targets(scores: Scores, labels: Array, ratio: Array, nc: Array | None = None) -> Array:

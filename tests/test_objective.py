@@ -160,12 +160,23 @@ class TestObjective:
                 assert got.shape == ()
                 assert got.item() == pytest.approx(float(wanted), rel=1e-12)
 
-    def test_gradcheck(self):
-        objective = Objective(3.0, 5.0, 0.5, batch_size=7)
-        logits, t, groups = make_batch(0)
+    @pytest.mark.parametrize(
+        ("sizes", "loss_scale", "group_weight"),
+        [((2, 3, 2), None, "equal"), ((2, 3, 1), 0.3, "size"), ((0, 1, 0), 0.3, "size")],
+    )
+    def test_gradcheck(self, sizes, loss_scale, group_weight):
+        objective = Objective(
+            3.0, 5.0, 0.5, batch_size=7, loss_scale=loss_scale, group_weight=group_weight
+        )
+        logits, t, groups = make_batch(0, *sizes)
         mixup = objective.draw_mixup(groups, np.random.default_rng(0))
         assert mixup is not None
-        assert gradcheck(lambda x: objective(x, t, groups, mixup).total, logits.requires_grad_())
+        others = make_batch(1, *sizes)[1]
+        for partners in (None, others):
+            assert gradcheck(
+                lambda x, partners=partners: objective(x, t, groups, mixup, partners).total,
+                logits.requires_grad_(),
+            )
 
     def test_empty_groups_give_zero_and_no_gradient(self):
         objective = Objective(batch_size=4)
@@ -188,14 +199,90 @@ class TestObjective:
         twice = objective(*(torch.cat([x, x]) for x in (logits, t, groups)))
         torch.testing.assert_close(once, twice)
 
-    def test_extreme_logits(self):
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_extreme_logits(self, dtype):
+        """N1: finite where logarithms of softmax outputs are not."""
         objective = Objective(batch_size=4)
-        logits, t, groups = make_batch(0, dtype=torch.float32, spread=1e4)
+        _, t, groups = make_batch(0, dtype=torch.float32)
         mixup = objective.draw_mixup(groups, np.random.default_rng(0))
-        losses = objective(logits.requires_grad_(), t, groups, mixup)
+        extreme = np.random.default_rng(0).choice([-1e4, 0.0, 1e4], t.shape)
+        logits = torch.tensor(extreme, dtype=dtype).requires_grad_()
+        losses = objective(logits, t, groups, mixup)
         losses.total.backward()
         assert all(torch.isfinite(loss) for loss in losses)
+        assert all(loss.dtype == torch.float32 for loss in losses)
         assert torch.isfinite(logits.grad).all()
+
+        logits.grad = None
+        published = naive(objective, logits.float(), t, groups, mixup)
+        published[0].backward()
+        assert not torch.isfinite(published[0])
+        assert torch.isnan(logits.grad).any()
+
+    def test_no_partner_term_where_lambda_is_one(self):
+        """N2: the published term is 0 times infinity, and then NaN."""
+        t = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+        logits = torch.tensor([[200.0, 0, 0], [0, 200.0, 0]])
+        p = logits.softmax(dim=1)
+        own, partner = -(p * t).sum(1).log(), -(p * t.flip(0)).sum(1).log()
+        assert torch.isnan(1.0 * own + 0.0 * partner).all()
+
+        class AlwaysOne(np.random.Generator):
+            def beta(self, a, b):
+                return 1.0
+
+        groups = torch.tensor([NNC, NNC])
+        mixup = Objective().draw_mixup(groups, AlwaysOne(np.random.PCG64(0)))
+        losses = Objective()(logits, t, groups, mixup, t[mixup.partner])
+        assert losses.nnc.item() == 0
+
+    @pytest.mark.parametrize("sizes", [(4, 6, 3), (0, 1, 3)])
+    def test_partner_targets(self, sizes):
+        """Those that are given count, not those of the batch."""
+        objective = Objective(2.0, 3.0, 4.0, batch_size=5)
+        logits, t, groups = make_batch(0, *sizes)
+        others = make_batch(1, *sizes)[1]
+        mixup = objective.draw_mixup(groups, np.random.default_rng(0))
+        p, w = logits.softmax(dim=1), mixup.weight.double()
+        hot = -w * (p * t).sum(1).log() - (1 - w) * (p * others).sum(1).log()
+        losses = objective(logits, t, groups, mixup, others)
+        for got, group in ((losses.clean, CLEAN), (losses.nnc, NNC)):
+            wanted = hot[groups == group].mean().item() if (groups == group).any() else 0
+            assert got.item() == pytest.approx(wanted)
+        same = objective(logits, t, groups, mixup, t[mixup.partner])
+        torch.testing.assert_close(same, objective(logits, t, groups, mixup))
+
+    def test_loss_scale(self):
+        """T7."""
+        logits, t, groups = make_batch(0)
+        by_batch = Objective(batch_size=8)(logits, t, groups)
+        torch.testing.assert_close(
+            Objective(batch_size=3, loss_scale=1 / 8)(logits, t, groups), by_batch
+        )
+
+    @pytest.mark.parametrize("sizes", [(3, 3, 3), (6, 2, 1), (0, 4, 1), (0, 0, 2)])
+    def test_group_weight(self, sizes):
+        """T8: 3 / n times the sum of w l over all images."""
+        logits, t, groups = make_batch(0, *sizes)
+        weights = (2.0, 5.0, 3.0)
+        equal = Objective(*weights, batch_size=1)(logits, t, groups)
+        by_size = Objective(*weights, batch_size=1, group_weight="size")(logits, t, groups)
+        n = sum(sizes)
+        expected = sum(
+            3 / n * weight * size * mean.item()
+            for weight, size, mean in zip(weights, sizes, equal[1:], strict=True)
+        )
+        assert by_size.total.item() == pytest.approx(expected, rel=1e-12)
+        assert by_size[1:] == equal[1:]
+        if len(set(sizes)) == 1:
+            torch.testing.assert_close(by_size.total, equal.total)
+
+    def test_no_images(self):
+        logits, t, groups = make_batch(0, 0, 0, 0)
+        for weight in ("equal", "size"):
+            losses = Objective(group_weight=weight)(logits.requires_grad_(), t, groups)
+            losses.total.backward()
+            assert [loss.item() for loss in losses] == [0, 0, 0, 0]
 
     def test_weights(self):
         logits, t, groups = make_batch(0)
@@ -223,6 +310,9 @@ class TestObjective:
             ({"nc": math.inf}, "nc must be a finite number >= 0, got inf"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
             ({"mixup_alpha": math.inf}, "mixup_alpha must be finite, got inf"),
+            ({"loss_scale": 0.0}, "loss_scale must be a finite number > 0, got 0.0"),
+            ({"loss_scale": math.nan}, "loss_scale must be a finite number > 0, got nan"),
+            ({"group_weight": "sizes"}, "group_weight must be 'equal' or 'size', got 'sizes'"),
         ],
     )
     def test_bad_settings(self, settings, message):

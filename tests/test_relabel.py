@@ -1,5 +1,6 @@
 """Class ratio and targets, in NumPy and torch."""
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -200,6 +201,60 @@ class TestCompact:
         part = compact[rows]
         np.testing.assert_array_equal(part.dense(), compact.dense()[rows])
         assert len(part) == len(EXPECTED[rows])
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    def test_averaged_targets_of_nc_rows(self, kind):
+        """T1, as published for Clothing1M: NC rows keep their prediction."""
+        compact = relabel.Targets.of(
+            make_scores(Q, [True, False, True, False], kind), LABELS, RATIO
+        )
+        own = torch.from_numpy(Q[[0, 2]]) if kind == "torch" else Q[[0, 2]]
+        t = compact.dense(own)
+        assert type(t) is type(own)
+        np.testing.assert_array_equal(t, np.stack([Q[0], EXPECTED[1], Q[2], EXPECTED[3]]))
+        np.testing.assert_array_equal(compact[1:2].dense(own[:0]), EXPECTED[1:2])
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    def test_prior_everywhere(self, kind):
+        """T2, as published for mini WebVision: r_y is added to every class."""
+        compact = relabel.Targets.of(make_scores(Q, NC, kind), LABELS, RATIO)
+        assert not compact.prior_everywhere
+        slip = dataclasses.replace(compact, prior_everywhere=True)
+        expected = np.zeros((4, 3), np.float32)
+        for row, y in enumerate(LABELS):
+            for c in range(3):
+                expected[row, c] = Q[row, c] if c == Q[row].argmax() else 0
+                expected[row, c] += np.float32(RATIO[y])
+        expected[NC] = 1 / 3
+        np.testing.assert_array_equal(slip.dense(), expected)
+        np.testing.assert_array_equal(slip[1:].dense(), expected[1:])
+
+    @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+    def test_of_labels(self, kind):
+        """One-hot, also where a prior would be added everywhere or comes from another row."""
+        compact = relabel.Targets.of_labels(kind([2, 0, 1, 1]), 3)
+        one_hot = np.eye(3, dtype=np.float32)[[2, 0, 1, 1]]
+        assert type(compact.dense()) is type(kind([0]))
+        np.testing.assert_array_equal(compact.dense(), one_hot)
+        np.testing.assert_array_equal(
+            dataclasses.replace(compact, prior_everywhere=True).dense(), one_hot
+        )
+        other = dataclasses.replace(compact, label=kind(np.array([0, 0, 0, 0], np.int32)))
+        np.testing.assert_array_equal(other.dense(), one_hot)
+        with pytest.raises(ValueError, match="Targets.of_labels: labels must be from 0 to 2, got"):
+            relabel.Targets.of_labels(kind([0, 3]), 3)
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    def test_joined(self, kind):
+        compact = relabel.Targets.of(make_scores(Q, NC, kind), LABELS, RATIO)
+        labels = torch.tensor([1, 2]) if kind == "torch" else np.array([1, 2])
+        joined = compact.joined(relabel.Targets.of_labels(labels, 3))
+        assert len(joined) == 6
+        np.testing.assert_array_equal(
+            joined.dense(), np.concatenate([compact.dense(), np.eye(3, dtype=np.float32)[1:]])
+        )
+        for name in ("top_class", "top_prob", "label", "prior", "nc"):
+            assert getattr(joined, name).dtype == getattr(compact, name).dtype
 
     def test_size(self):
         compact = relabel.Targets.of(make_scores(Q, NC), LABELS, RATIO)

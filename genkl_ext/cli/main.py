@@ -29,6 +29,7 @@ COMMANDS = {
     "data make-example": "a miniature of a data set, in its layout",
     "run": "the whole framework by a recipe: members, NC set, relabelling, training, again",
     "scan": "the broken images of a data set, and why they are",
+    "predict": "softmax outputs of a trained network for all images of a data set",
     "score": "NC scores of prediction files",
     "relabel": "targets of the next training, from scores and given labels",
     "train": "one training of a recipe: with the objective of GenKL, or on given labels",

@@ -8,9 +8,16 @@
 Nothing here needs torch; pyarrow is imported when a table is written.
 """
 
-from .files import FileScores, score_files
+from .files import FileScores, rows_without_prediction, score_files
 from .keys import read_nc_list
 from .npy import Fingerprint
 from .tables import read_settings
 
-__all__ = ["FileScores", "Fingerprint", "read_nc_list", "read_settings", "score_files"]
+__all__ = [
+    "FileScores",
+    "Fingerprint",
+    "read_nc_list",
+    "read_settings",
+    "rows_without_prediction",
+    "score_files",
+]

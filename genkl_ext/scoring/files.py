@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 import warnings
@@ -20,7 +21,7 @@ from ..files import atomic_write, require_writable
 from ..rule import GenKL, Scores, _describe_bad_row
 from .keys import Keys, write_nc_list
 from .npy import Fingerprint, Predictions, open_all
-from .tables import COLUMNS, TableWriter, require_suffix
+from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
 PathLike = str | os.PathLike[str]
 
@@ -58,6 +59,7 @@ def score_files(
     nc_list: PathLike | None = None,
     logits: bool = False,
     validate: bool = True,
+    leave_out: NDArray[np.bool_] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> FileScores:
@@ -79,6 +81,8 @@ def score_files(
             ``empty_set`` if there is none. Needs ``keys``.
         logits: the files hold logits; their softmax is taken in the same pass.
         validate: check every row in the same pass, as ``GenKL.score`` does.
+        leave_out: (N,) bool, rows that have no prediction (:func:`rows_without_prediction` finds
+            them). Whatever the files hold there is not looked at; ``tables.py`` says what they get.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
         progress: called with (rows done, N) after every chunk.
 
@@ -92,9 +96,7 @@ def score_files(
     Warns:
         UserWarning: a key that appears more than once.
     """
-    paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    if not paths:
-        raise ValueError("score: inputs must be at least one file, got none")
+    paths = _listed(inputs)
     if chunk_bytes < 1:
         raise ValueError(f"score: chunk_bytes must be at least 1, got {chunk_bytes}")
     table = _check_output("out", out, [*paths, keys, nc_list])
@@ -110,6 +112,8 @@ def score_files(
                 f"score: {files[0].path} must have rule.num_classes = {rule.num_classes} columns, "
                 f"got shape {files[0].shape}"
             )
+        if leave_out is not None:
+            _check_mask(leave_out, rows)
         key_list = None if keys is None else _read_keys(keys, rows)
         fingerprints = tuple(file.fingerprint() for file in files)
         columns = _columns(rows)
@@ -125,11 +129,12 @@ def score_files(
                 "validate": validate,
                 "inputs": [dataclasses.asdict(fingerprint) for fingerprint in fingerprints],
                 "keys": None if key_list is None else key_list.fingerprint(),
+                "leave_out": None if leave_out is None else _mask_fingerprint(leave_out),
             }
             writer = stack.enter_context(TableWriter(temporary, columns, key_list, settings))
         start = time.perf_counter()
         chunk_rows = max(1, chunk_bytes // (classes * files[0].dtype.itemsize * len(files)))
-        _score(files, rule, logits, validate, chunk_rows, columns, writer, progress)
+        _score(files, rule, logits, validate, leave_out, chunk_rows, columns, writer, progress)
         scored = time.perf_counter()
         for file in files:
             file.check_unchanged()
@@ -156,6 +161,46 @@ def score_files(
     )
 
 
+def rows_without_prediction(
+    inputs: PathLike | Sequence[PathLike], *, chunk_bytes: int = CHUNK_BYTES
+) -> NDArray[np.bool_]:
+    """The rows in which a prediction file has nothing but NaN, in one pass and bounded memory.
+
+    A row with NaN beside numbers is none of them: scoring will say that it is bad.
+
+    Args:
+        inputs: as for :func:`score_files`; a row counts where any of the files has none.
+        chunk_bytes: how much of the predictions is looked at together.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        OSError: a file cannot be read. ValueError: it is not what it should be.
+    """
+    paths = _listed(inputs)
+    with ExitStack() as stack:
+        files = open_all(paths, stack)
+        missing = np.zeros(files[0].shape[0], bool)
+        for file in files:
+            step = max(1, chunk_bytes // max(1, file.shape[1] * file.dtype.itemsize))
+            for start in range(0, len(missing), step):
+                rows = file.rows(start, min(start + step, len(missing)))
+                # Nearly every row is cleared by its first entry.
+                begins_so = np.flatnonzero(np.isnan(rows[:, :1]).any(axis=1))
+                missing[start + begins_so[np.isnan(rows[begins_so]).all(axis=1)]] = True
+                del rows
+                file.release(start, min(start + step, len(missing)))
+    return missing
+
+
+def _listed(inputs: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    if not paths:
+        raise ValueError("score: inputs must be at least one file, got none")
+    return paths
+
+
 def _columns(rows: int) -> dict[str, NDArray[Any]]:
     kinds = {name: kind for name, kind in COLUMNS.items() if name not in ("row", "key")}
     return {name: np.empty(rows, kind) for name, kind in kinds.items()}
@@ -166,6 +211,7 @@ def _score(
     rule: GenKL,
     logits: bool,
     validate: bool,
+    leave_out: NDArray[np.bool_] | None,
     chunk_rows: int,
     columns: dict[str, NDArray[Any]],
     writer: TableWriter | None,
@@ -174,12 +220,16 @@ def _score(
     """Fill the columns chunk by chunk. While this thread scores a chunk, a second brings the next
     one into memory and a third writes the rows of the last."""
     rows = len(columns["votes"])
+    nowhere = np.empty(0, np.int64)
     with ThreadPoolExecutor(2, "genkl-score") as pool:
         written = pool.submit(lambda: None)
         for start in range(0, rows, chunk_rows):
             stop = min(start + chunk_rows, rows)
             read = pool.submit(_prefetch, files, stop, min(stop + chunk_rows, rows))
             models = [file.rows(start, stop) for file in files]
+            left_out = nowhere if leave_out is None else np.flatnonzero(leave_out[start:stop])
+            if len(left_out):
+                models = [_with_one_hot(model, left_out) for model in models]
             chunk = rule._score(models, logits=logits, validate=validate)
             bad = int(chunk._first_bad_row)
             if bad >= 0:
@@ -187,6 +237,8 @@ def _score(
                 raise ValueError(_describe_bad_row(models, bad, logits, names, first_row=start))
             for name, column in columns.items():
                 column[start:stop] = getattr(chunk, name)
+                if len(left_out):
+                    column[start + left_out] = LEFT_OUT[name]
             read.result()
             written.result()
             if writer is not None:
@@ -196,6 +248,27 @@ def _score(
             if progress is not None:
                 progress(stop, rows)
         written.result()
+
+
+def _with_one_hot(model: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    """A copy with a prediction in rows that have none. Rows do not see each other, so it does not
+    matter which."""
+    model = model.copy(order="K")
+    model[rows] = 0
+    model[rows, 0] = 1
+    return model
+
+
+def _check_mask(leave_out: NDArray[np.bool_], rows: int) -> None:
+    if leave_out.shape != (rows,) or leave_out.dtype != bool:
+        raise ValueError(
+            f"score: leave_out must be ({rows},) booleans, got {leave_out.shape} {leave_out.dtype}"
+        )
+
+
+def _mask_fingerprint(leave_out: NDArray[np.bool_]) -> dict[str, Any]:
+    digest = hashlib.blake2b(np.packbits(leave_out).tobytes(), digest_size=16).hexdigest()
+    return {"rows": int(np.count_nonzero(leave_out)), "digest": digest}
 
 
 def _prefetch(files: list[Predictions], start: int, stop: int) -> None:

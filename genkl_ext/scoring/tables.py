@@ -9,6 +9,8 @@
     top_class       int32    the most probable class
     top_prob        float32  its probability
 
+A row without a prediction has NaN, no votes, and the top class -1 (``LEFT_OUT``).
+
 The suffix of the file name chooses the format. Parquet carries the settings and fingerprints with
 it (:func:`read_settings`); CSV and NumPy files have no place for them.
 """
@@ -38,6 +40,14 @@ COLUMNS = {
     "nc": "bool",
     "top_class": "int32",
     "top_prob": "float32",
+}
+LEFT_OUT = {
+    "critical_alpha": np.nan,
+    "divergence": np.nan,
+    "votes": 0,
+    "nc": False,
+    "top_class": -1,
+    "top_prob": np.nan,
 }
 SUFFIXES = (".parquet", ".csv", ".npy")
 SETTINGS_KEY = b"genkl_ext"

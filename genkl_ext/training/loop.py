@@ -43,7 +43,6 @@ from ..data import Ledger, Manifest, layouts
 from ..data.published import read_row_list
 from ..data.scan import scan
 from ..files import atomic_write, exclusive
-from ..rule import GenKL
 from . import recipe as recipes
 from . import stages
 from .ranks import Ranks, join
@@ -422,7 +421,7 @@ class _Run:
     def score(self, t: int, variant: Variant, files: dict[int, Path], place: Path) -> Facts:
         """Scores and targets of a variant."""
         members = [files[i] for i in variant.members]
-        rule = self.rule(variant.rule_seed)
+        rule = self.recipe.rule.of(self.manifest.num_classes, variant.rule_seed)
         inputs = list(members)
         share = None
         validation: list[Path] = []
@@ -443,7 +442,7 @@ class _Run:
         scored = self.on_first(stage, work)
         if scored:
             self.say(
-                f"{name}/score: {scored['nc']:,} of {scored['rows']:,} images do not conform "
+                f"{place.name}: {scored['nc']:,} of {scored['rows']:,} images do not conform "
                 f"(alpha {scored['alpha']:.4g})"
             )
 
@@ -562,10 +561,11 @@ class _Run:
             if softmax is not None:
                 clean = stages.believed(self.manifest, softmax, tuning.clean_threshold, nc)
                 clean = clean[~self.job.unusable[clean]]
-            return {
-                "clean_images": len(clean),
-                **stages.finetune(self.job, weights, clean, out, seed, best),
-            }
+            if not len(clean):
+                self.say(f"{name}: the network believes no given label; there is nothing to do")
+                return {"clean_images": 0, "improved": False, "best_accuracy": None}
+            tuned = stages.finetune(self.job, weights, clean, out, seed, best)
+            return {"clean_images": len(clean), **tuned}
 
         settings = {
             **self.depends_on("train"),
@@ -576,16 +576,9 @@ class _Run:
         }
         images = len(self.noisy if tuning.clean == "dynamic" else self.job.rows("clean"))
         stage = self.fitting(name, settings, out, tuning, images, inputs=inputs)
-        if tuning.beat_training:
-            # Where no epoch beats the training there are no weights to look for.
-            stage = dataclasses.replace(
-                stage,
-                outputs=[out / "metrics.csv"],
-                scratch=[*stage.scratch, out / "best.safetensors"],
-            )
         tuned = self.records.do(stage, work)
         tested = None
-        if self.dry or tuned["improved"]:
+        if tuned.get("improved", self.dry):
             tested = self.test(name, out / "best.safetensors", out / "test.npy")
         return {**tuned, "test": tested}
 
@@ -630,17 +623,6 @@ class _Run:
     def on_first(self, stage: Stage, work: Any) -> Facts:
         """A stage whose work one process does."""
         return self.records.do(stage, lambda: work() if self.ranks.first else {})
-
-    def rule(self, seed: int) -> GenKL:
-        asked = self.recipe.rule
-        return GenKL(
-            num_classes=self.manifest.num_classes,
-            alpha=1.0 if asked.alpha is None else asked.alpha,
-            beta=asked.beta,
-            sigma=asked.sigma,
-            num_vectors=asked.num_vectors,
-            seed=seed,
-        )
 
     def depends_on(self, transforms: str) -> Facts:
         """The settings that the result of a network depends on."""

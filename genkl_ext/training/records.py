@@ -38,7 +38,7 @@ class Stage:
     name: str  #: unique in the run
     settings: Mapping[str, Any]  #: as JSON knows them
     inputs: Sequence[Path] = ()  #: files
-    outputs: Sequence[Path] = ()  #: files that it leaves
+    outputs: Sequence[Path] = ()  #: files that it leaves, or may leave
     scratch: Sequence[Path] = ()  #: files and folders beside, for resuming; removed to begin anew
     images: int = 0  #: that pass through a network, for the plan
     trained: int = 0  #: that pass through it and back
@@ -125,9 +125,9 @@ class Records:
             if before is None or self._look(path, before) != before:
                 return None, f"{self._named(path)} has changed"
         for path, before in self._files(stage.outputs, record["outputs"]):
-            if not path.is_file():
+            if before is not None and not path.is_file():
                 return None, f"{self._named(path)} is missing"
-            if before is None or self._look(path, before) != before:
+            if path.is_file() and (before is None or self._look(path, before) != before):
                 return None, f"{self._named(path)} is not as it was left"
         return record["facts"], ""
 
@@ -156,7 +156,8 @@ class Records:
 
     def _end(self, stage: Stage, facts: Facts, seconds: float) -> None:
         record = self._stages[stage.name]
-        outputs = {self._named(path): self._look(path) for path in stage.outputs}
+        left = [path for path in stage.outputs if path.is_file()]
+        outputs = {self._named(path): self._look(path) for path in left}
         done = {"state": "done", "outputs": outputs, "facts": facts, "seconds": round(seconds, 3)}
         self._save(stage.name, {**record, **done})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..data import Transforms
+from ..rule import GenKL
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Members(Fit):
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     folds: int = 4
     pick: dict[int, list[int]] = field(default_factory=dict)
-    #: trial seed -> the members it uses; an absent trial uses all. Repeats weigh more
+    #: trial seed -> the members it uses: their seeds, or of given files the numbers, from 0; an
+    #: absent trial uses all. Repeats weigh more
     weights: list[str] = field(default_factory=list)  #: files of trained members
     predictions: list[str] = field(default_factory=list)  #: their (N, k) files
     average: str | None = None  #: an (N, k) file of averages
@@ -106,11 +108,29 @@ class Rule:
     """The (alpha, beta)-generalized KL divergence; see genkl_ext.GenKL."""
 
     alpha: float | None = 1.05  #: None: what ``flag_validation`` of the validation images reach
-    beta: float = 0.03
-    sigma: float = 0.05
+    beta: float | None = 0.03  #: None: Clothing1M's for k classes, 0.42 / k
+    sigma: float | None = 0.05  #: None: Clothing1M's for k classes, 0.7 / k
     num_vectors: int = 20
     seed: int | None = 0  #: None: the seed of the trial, so that each trial has its own NC set
     flag_validation: float = 0.05
+
+    def of(self, num_classes: int, seed: int) -> GenKL:
+        """The rule for k classes; with alpha 1 where that is still to be found.
+
+        Args:
+            num_classes: k.
+            seed: of the trial, for where the rule has none of its own.
+        """
+        clothing1m = GenKL.preset("clothing1m")
+        scale = clothing1m.num_classes / num_classes
+        return GenKL(
+            num_classes=num_classes,
+            alpha=1.0 if self.alpha is None else self.alpha,
+            beta=clothing1m.beta * scale if self.beta is None else self.beta,
+            sigma=clothing1m.sigma * scale if self.sigma is None else self.sigma,
+            num_vectors=self.num_vectors,
+            seed=seed if self.seed is None else self.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ..data.published import read_class_ratio, read_row_list
 from ..files import atomic_write
 from ..relabel import Targets
 from ..rule import GenKL
-from ..scoring import read_settings, score_files
+from ..scoring import read_settings, rows_without_prediction, score_files
 from . import engine, networks
 from . import predict as predictions
 from .batches import Batches, grouped, labelled
@@ -195,7 +195,7 @@ def score(
     members: Sequence[Path], rule: GenKL, keys: Path, out: Path, nc_list: Path, progress: Any
 ) -> Facts:
     """Score the average of the members' predictions; rows without one are left out."""
-    missing = predictions.rows_without_prediction(members)
+    missing = rows_without_prediction(members)
     scored = score_files(
         list(members),
         rule,

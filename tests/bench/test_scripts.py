@@ -133,6 +133,37 @@ def test_loading(tmp_path: Path) -> None:
     assert 0 < cells["DALI pipeline"]["mean_levels"] < 3
 
 
+def test_training(tmp_path: Path) -> None:
+    run_script("training", "--quick", "--out", str(tmp_path))
+    result = result_of("training", tmp_path)
+    cells = {(cell["section"], cell["candidate"]): cell for cell in result["cells"]}
+    for section in ("step", "parts", "files"):
+        for (part, _), cell in cells.items():
+            if part == section:
+                assert_times(cell)
+    assert cells["step", "cross-entropy"]["ratio"] == 1
+    assert cells["step", "GenKL"]["ratio"] > 0
+    assert {name for part, name in cells if part == "parts"} == {
+        "cross-entropy",
+        "objective",
+        "targets and mixup",
+        "images mixed",
+    }
+    for name in ("DataLoader, cross-entropy", "genkl_ext, cross-entropy", "genkl_ext, GenKL"):
+        assert cells["files", name]["images_per_second"] > 0
+        assert 0 <= cells["files", name]["wait"] <= 1
+    for name in ("cross-entropy", "GenKL"):
+        assert 50 < cells["memory", name]["peak_mib"] < 10_000
+    assert {name for part, name in cells if part == "engine"} == {
+        "bare loop",
+        "fit, cross-entropy",
+        "fit, GenKL",
+    }
+    block = table.readme_block([result])
+    assert "One step of the objective" in block
+    assert "| small | 16 | 8 | GenKL |" in block
+
+
 def test_a_quick_run_leaves_the_recorded_results_alone() -> None:
     before = {p: p.stat().st_mtime_ns for p in record.RESULTS.glob("*")}
     said = run_script("ceilings", "--quick")
@@ -150,4 +181,5 @@ def test_genkl_bench_finds_the_scripts() -> None:
         "scoring",
         "scoring_cuda",
         "table",
+        "training",
     }

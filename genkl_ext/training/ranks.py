@@ -1,0 +1,196 @@
+"""The processes of one job: ``torchrun`` or SLURM starts them, ``join`` makes them known to each
+other.
+
+    ranks = join(engine)              # Ranks(rank=1, size=2, local_rank=1, local_size=2)
+    if ranks.first:
+        path.write_text(...)
+    ranks.barrier()                   # now every process can read it
+
+Without a launcher there is one process, and nothing here costs anything. A process that fails must
+end: its connections close, and the others, where they wait for it, fail with a ``ConnectionError``.
+``torchrun`` ends the others besides, wherever they are, and so does ``srun --kill-on-bad-exit``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..rule import processors
+from .settings import Engine
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import ClusterEnvironment
+
+# The first process scans, scores and relabels alone, for hours where the data are many; the others
+# wait. Gradients keep torch's own, shorter limits.
+_LONGEST_WAIT = timedelta(hours=24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those of its job. All of them call the same methods in the same order."""
+
+    rank: int = 0  #: from 0 to size - 1
+    size: int = 1  #: processes of the job
+    local_rank: int = 0  #: among those on this machine
+    local_size: int = 1  #: processes on this machine
+    _group: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints what one process does for all."""
+        return self.rank == 0
+
+    @property
+    def processors(self) -> int:
+        """This process's share of the machine's processors: how many threads it may start."""
+        mine = processors()
+        bound = mine < (os.cpu_count() or 1)  # the launcher has given each process its own
+        return mine if bound else max(1, mine // self.local_size)
+
+    def barrier(self) -> None:
+        """Wait until every process is here.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        self.sum([])
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, on every process; the others' values are ignored.
+
+        Args:
+            value: as JSON knows it; what comes out has been through JSON, also without company.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        text = json.dumps(value).encode() if self.first else b""
+        if self.size > 1:
+            with _company(self):
+                length = torch.tensor(len(text))
+                dist.broadcast(length, 0, group=self._group)
+                content = torch.empty(int(length), dtype=torch.uint8)
+                if self.first:
+                    content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+                dist.broadcast(content, 0, group=self._group)
+                text = content.numpy().tobytes()
+        return json.loads(text)
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over the processes, number by number; the same bits everywhere, whatever the order.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
+        mine = torch.tensor([*numbers, 0.0], dtype=torch.float64)  # torch gathers nothing empty
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        if self.size > 1:
+            with _company(self):
+                dist.all_gather(everyones, mine, group=self._group)
+        else:
+            everyones = [mine]
+        columns = zip(*(one.tolist() for one in everyones), strict=True)
+        return [math.fsum(column) for column in columns][:-1]
+
+    def device(self, engine: Engine) -> torch.device:
+        """Where this process computes: the CPU, or the GPU of its own number.
+
+        Raises:
+            ValueError: ``engine.accelerator`` is "gpu" and this process has none.
+        """
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if engine.accelerator == "cpu" or (engine.accelerator == "auto" and not gpus):
+            return torch.device("cpu")
+        if self.local_rank >= gpus:
+            raise ValueError(
+                f"engine: accelerator {engine.accelerator!r} needs a GPU for each process of a "
+                f"machine, got {gpus} for {self.local_size}"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+_joined: Ranks | None = None
+
+
+def join(engine: Engine | None = None) -> Ranks:
+    """This process among those that ``torchrun`` or ``srun`` started; alone without them.
+
+    Makes torch's default process group, which Lightning then uses: NCCL for tensors on GPUs, Gloo
+    for those on CPUs. A later call gives the same ranks.
+
+    Args:
+        engine: whether the job computes on GPUs; None: where there are any.
+
+    Raises:
+        ConnectionError: the processes do not find each other. ValueError: the launcher's variables
+            do not fit together.
+    """
+    global _joined
+    if _joined is None:
+        environment = _environment()
+        if environment is None or environment.world_size() == 1:
+            _joined = Ranks()
+        else:
+            _joined = _meet(environment, engine or Engine())
+    return _joined
+
+
+def _environment() -> ClusterEnvironment | None:
+    """What the launcher says; None without one. In the order in which Lightning looks."""
+    if not dist.is_torchelastic_launched() and "SLURM_NTASKS" not in os.environ:
+        return None  # Lightning takes seconds to import
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment()
+    except RuntimeError as error:  # variables that do not fit together
+        raise ValueError(f"join: {error}") from error
+
+
+def _meet(environment: ClusterEnvironment, engine: Engine) -> Ranks:
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
+    ranks = Ranks(
+        environment.global_rank(),
+        environment.world_size(),
+        environment.local_rank(),
+        int(local_size),
+    )
+    gpu = ranks.device(engine).type == "cuda"
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    with _company(ranks):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=ranks.rank, world_size=ranks.size
+        )
+        atexit.register(dist.destroy_process_group)
+        group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    return dataclasses.replace(ranks, _group=group)
+
+
+@contextmanager
+def _company(ranks: Ranks) -> Iterator[None]:
+    """Says what torch's errors mean where processes talk to each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(
+            f"process {ranks.rank} of {ranks.size} has lost the others (they meet at {address}); "
+            f"look for the error of the one that ended first: {str(error).splitlines()[0]}"
+        ) from error

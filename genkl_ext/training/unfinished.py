@@ -1,0 +1,237 @@
+"""``Unfinished``: an (N, k) ``.npy`` file that the processes of a job fill, batch by batch.
+
+    .NAME.partial      the file as it will be; rows that are not there yet are 0
+    .NAME.journal-R    what process R has filled: finished batches, and images met broken
+
+Both lie beside the target, and neither is left when it is complete. A job that is started again,
+with any number of processes, takes up what is there if it would fill the same file, and begins
+anew if not.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.journal import Journal
+from ..files import _sync_folder, _target
+from .ranks import Ranks
+
+MARK_SECONDS = 5.0  # of work that a killed job may lose; a sync then costs next to nothing
+_VOID = None  # a part of a journal: those before it are of a file that is no more
+
+Broken = tuple[int, str, str]  # an image that cannot be used: row, reason, detail
+
+
+class Unfinished:
+    """The file in the making. Every process of the job opens it and writes batches of its own.
+
+    Args:
+        out: the target. A file that is there stays until the new one is complete.
+        about: what the content depends on, as JSON knows it; the same on all processes.
+        shape: (N, k).
+        dtype: "float32" or "float16".
+        batch_size: batch b is rows b * batch_size and following.
+        ranks: of the job.
+
+    Attributes:
+        todo: the batches that this process has to fill, ascending.
+        resumed: rows that an earlier job has left.
+
+    Raises:
+        OSError: the target cannot be written, or another job is at work on it. ValueError: this
+            process is about to fill another file than the first one.
+
+    Warns:
+        UserWarning: what a job with other settings had left was thrown away.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        about: dict[str, Any],
+        shape: tuple[int, int],
+        dtype: str,
+        batch_size: int,
+        ranks: Ranks,
+    ) -> None:
+        self._target = _target(out)
+        self._partial = self._target.with_name(f".{self._target.name}.partial")
+        self._about = about
+        self._ranks = ranks
+        self._header = _header(shape, dtype)
+        self._batch_bytes = batch_size * shape[1] * np.dtype(dtype).itemsize
+        self._size = len(self._header) + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        self._batches = -(-shape[0] // batch_size)
+        self._parts: list[Any] = []  # of the journal
+        self._filled: list[int] = []  # since the last part
+        self._broken: list[Broken] = []
+        self._marked = time.monotonic()
+        with ExitStack() as stack:
+            finished: list[int] = []
+            if ranks.first:
+                self._journal = stack.enter_context(Journal(self._journal_path(0), about))
+                finished = self._take_up()
+            finished, first_about = ranks.broadcast([finished, about])
+            if first_about != about:
+                differ = [name for name in about if about[name] != first_about.get(name)]
+                raise ValueError(
+                    f"predict: {', '.join(differ)} must be the same on all processes, "
+                    f"process {ranks.rank} has another than the first"
+                )
+            if not ranks.first:
+                path = self._journal_path(ranks.rank)
+                self._journal = stack.enter_context(Journal(path, about))
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self._file)
+            self._open = stack.pop_all()
+        self.resumed = sum(min(batch_size, shape[0] - b * batch_size) for b in finished)
+        left = np.setdiff1d(np.arange(self._batches), finished, assume_unique=True)
+        self.todo: list[int] = left[ranks.rank :: ranks.size].tolist()
+
+    def write(self, batch: int, rows: NDArray[Any], broken: list[Broken]) -> None:
+        """Fill a batch.
+
+        Args:
+            batch: its number.
+            rows: (n, k) of the file's dtype.
+            broken: the images in it that were met broken.
+        """
+        content = np.ascontiguousarray(rows).data.cast("B")
+        offset = len(self._header) + batch * self._batch_bytes
+        while content:
+            written = os.pwrite(self._file, content, offset)
+            content, offset = content[written:], offset + written
+        self._filled.append(batch)
+        self._broken += broken
+        if time.monotonic() - self._marked >= MARK_SECONDS:
+            self._mark()
+
+    def complete(self) -> list[Broken]:
+        """Put the file in place, once every process has come here.
+
+        Returns:
+            All images that were met broken, by this job and those that it took up; by row.
+
+        Raises:
+            OSError: what another process has written does not show here.
+        """
+        self._mark()
+        if not self._ranks.first:
+            self._open.close()
+        self._ranks.barrier()
+        broken: list[Broken] = []
+        if self._ranks.first:
+            self._gather()
+            finished, broken = _sum_up(self._parts)
+            if len(finished) != self._batches:
+                raise OSError(
+                    f"cannot write {self._target}: only {len(finished)} of {self._batches} batches "
+                    "of all processes show on its disk; start the job again to fill in the others"
+                )
+            os.replace(self._partial, self._target)
+            _sync_folder(self._target.parent)
+            self._journal.remove()
+        return [(row, reason, detail) for row, reason, detail in self._ranks.broadcast(broken)]
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _take_up(self) -> list[int]:
+        """The batches that earlier jobs have left; a new file if there are none."""
+        self._parts = self._journal.parts
+        thrown_away = self._gather() or self._journal.begun_anew
+        finished, _ = _sum_up(self._parts)
+        there = self._partial.is_file() and self._partial.stat().st_size == self._size
+        if finished and there:
+            return finished
+        if thrown_away:
+            warnings.warn(
+                f"predict: an unfinished {self._target.name} was of other weights, images or "
+                "settings; begun anew",
+                stacklevel=4,
+            )
+        self._note(_VOID)  # before the new file is there: it is empty
+        self._create()
+        return []
+
+    def _gather(self) -> bool:
+        """Move the parts of the other processes' journals, which have ended, into this one's.
+
+        Returns:
+            Whether one of them was of another file.
+        """
+        foreign = False
+        name = glob.escape(self._target.name)
+        for path in sorted(self._target.parent.glob(f".{name}.journal-*")):
+            if path == self._journal_path(0):
+                continue
+            with Journal(path, self._about) as other:
+                for part in other.parts:
+                    self._note(part)
+                foreign |= other.begun_anew
+                other.remove()
+        return foreign
+
+    def _create(self) -> None:
+        self._partial.unlink(missing_ok=True)
+        try:
+            # Not tempfile: its files are readable by their owner only, and would stay so.
+            file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                os.posix_fallocate(file, 0, self._size)  # a full disk shows now, not in hours
+                os.pwrite(file, self._header, 0)
+            finally:
+                os.close(file)
+        except OSError as error:
+            self._partial.unlink(missing_ok=True)
+            reason = os.strerror(error.errno or 0)
+            raise type(error)(f"cannot write {self._target}: {reason}") from error
+
+    def _mark(self) -> None:
+        """Keep what was filled: first the rows, then the word that they are there."""
+        os.fdatasync(self._file)
+        self._note({"batches": self._filled, "broken": self._broken})
+        self._filled, self._broken = [], []
+        self._marked = time.monotonic()
+
+    def _note(self, part: Any) -> None:
+        self._journal.append(part)
+        self._parts.append(part)
+
+    def _journal_path(self, rank: int) -> Path:
+        return self._target.with_name(f".{self._target.name}.journal-{rank}")
+
+
+def _sum_up(parts: list[Any]) -> tuple[list[int], list[Broken]]:
+    """Finished batches and broken images, each in order."""
+    finished: set[int] = set()
+    broken: dict[int, Broken] = {}
+    for part in parts:
+        if part is _VOID:
+            finished.clear()
+            broken.clear()
+            continue
+        finished.update(part["batches"])
+        broken.update((item[0], item) for item in part["broken"])
+    return sorted(finished), [broken[row] for row in sorted(broken)]
+
+
+def _header(shape: tuple[int, int], dtype: str) -> bytes:
+    """The first bytes of an ``.npy`` file."""
+    about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, about)
+    return buffer.getvalue()
