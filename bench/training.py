@@ -17,7 +17,6 @@ pixels; without one, of smaller networks on the CPU.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 import statistics
@@ -149,9 +148,8 @@ def require_same_loss(case: Case) -> None:
     one_hot = F.one_hot(batch["label"], K).float()
     clean = {**batch, "group": torch.from_numpy(rows.groups), "target": one_hot}
     step = GenKLStep(Training(loss_scale=1.0, mixup_alpha=0), Compatibility())
-    network = case.build()
-    ours = step(copy.deepcopy(network), clean)["loss"].item()
-    theirs = cross_entropy(network, batch)["loss"].item()
+    ours = step(case.build(), clean)["loss"].item()
+    theirs = cross_entropy(case.build(), batch)["loss"].item()
     if not np.isclose(ours, theirs, rtol=1e-5):
         raise RuntimeError(f"training: both losses must be equal, got {ours} and {theirs}")
 
@@ -163,14 +161,13 @@ def step_candidates(case: Case) -> dict[str, Candidate]:
     """Name -> function that takes one step."""
     device = torch.device("cpu")
     batch = random_batch(case, device)
-    network = case.build()
 
     def plain() -> Candidate:
-        trainee = Trainee(copy.deepcopy(network), device)
+        trainee = Trainee(case.build(), device)
         return lambda _: trainee.learn(cross_entropy, batch)
 
     def genkl(mixup_alpha: float = 0.5, **training: Any) -> Candidate:
-        trainee = Trainee(copy.deepcopy(network), device)
+        trainee = Trainee(case.build(), device)
         rows, rng = Rows(case.batch), np.random.default_rng(0)
         numbers = batch["row"].numpy()
         objective = Objective(mixup_alpha=mixup_alpha)
@@ -241,10 +238,9 @@ def file_candidates(
     targets = Targets(targets.top_class, targets.top_prob, manifest.labels[rows], targets.prior,
                       targets.nc, K)  # fmt: skip
     training = Training(batch_size=case.batch, clean="joint")
-    network = case.build()
 
     def epochs(name: str, batches: Iterable[Batch], step: Step) -> Candidate:
-        trainee = Trainee(copy.deepcopy(network), device)
+        trainee = Trainee(case.build(), device)
         return lambda _: waits[name].append(train_for_an_epoch(trainee, batches, step))
 
     ours = labelled(
@@ -425,7 +421,6 @@ def engine_candidates(case: Case, device: torch.device, steps: Sequence[int]) ->
         precision="bf16-mixed" if on_gpu else "32-true",
         loggers=[],
     )
-    network = case.build()
 
     def bare(trainee: Trainee, count: int, _: int) -> None:
         for _step in range(count):
@@ -441,8 +436,8 @@ def engine_candidates(case: Case, device: torch.device, steps: Sequence[int]) ->
                 seed=0, ranks=Ranks(), say=lambda line: None,
             )  # fmt: skip
 
-    trainee = Trainee(copy.deepcopy(network), device)
-    networks_of = {name: copy.deepcopy(network) for name in ("plain", "GenKL")}
+    trainee = Trainee(case.build(), device)
+    networks_of = {name: case.build() for name in ("plain", "GenKL")}
     found: dict[str, Any] = {}
     for count in steps:
         found |= {

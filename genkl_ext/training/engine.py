@@ -190,6 +190,13 @@ class _Training(LightningModule):
         self._settings = settings
         self._lr_zero = lr_zero
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Lightning sets it some forty times a step, and nn.Module's way is a slow one.
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def training_step(self, batch: Batch) -> Tensor:
         if not len(batch["image"]):
             # Nothing to learn, but the other processes wait for this one's gradients.

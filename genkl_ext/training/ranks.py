@@ -21,16 +21,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..rule import processors
 from .settings import Engine
-
-if TYPE_CHECKING:
-    from lightning.fabric.plugins.environments import ClusterEnvironment
 
 # The first process scans, scores and relabels alone, for hours where the data are many; the others
 # wait. Gradients keep torch's own, shorter limits.
@@ -139,41 +136,34 @@ def join(engine: Engine | None = None) -> Ranks:
     """
     global _joined
     if _joined is None:
-        environment = _environment()
-        if environment is None or environment.world_size() == 1:
-            _joined = Ranks()
-        else:
-            _joined = _meet(environment, engine or Engine())
+        launched = _launched()
+        _joined = launched if launched.size == 1 else _meet(launched, engine or Engine())
     return _joined
 
 
-def _environment() -> ClusterEnvironment | None:
-    """What the launcher says; None without one. In the order in which Lightning looks."""
-    if not dist.is_torchelastic_launched() and "SLURM_NTASKS" not in os.environ:
-        return None  # Lightning takes seconds to import
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+def _launched() -> Ranks:
+    """What the launcher says, in the order in which Lightning asks; alone without one."""
+    if dist.is_torchelastic_launched():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return Ranks(*(int(os.environ[name]) for name in names))
+    if "SLURM_NTASKS" not in os.environ:
+        return Ranks()  # Lightning takes seconds to import
+    from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
     if not SLURMEnvironment.detect():
-        return None
+        return Ranks()
     try:
-        return SLURMEnvironment()
+        slurm = SLURMEnvironment()
     except RuntimeError as error:  # variables that do not fit together
         raise ValueError(f"join: {error}") from error
+    os.environ["MASTER_ADDR"] = slurm.main_address
+    os.environ["MASTER_PORT"] = str(slurm.main_port)
+    local_size = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    return Ranks(slurm.global_rank(), slurm.world_size(), slurm.local_rank(), local_size)
 
 
-def _meet(environment: ClusterEnvironment, engine: Engine) -> Ranks:
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
-    ranks = Ranks(
-        environment.global_rank(),
-        environment.world_size(),
-        environment.local_rank(),
-        int(local_size),
-    )
+def _meet(ranks: Ranks, engine: Engine) -> Ranks:
     gpu = ranks.device(engine).type == "cuda"
-    os.environ["MASTER_ADDR"] = environment.main_address
-    os.environ["MASTER_PORT"] = str(environment.main_port)
     with _company(ranks):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=ranks.rank, world_size=ranks.size

@@ -187,7 +187,9 @@ def calibrate(rule: GenKL, validation: Sequence[Path], share: float) -> GenKL:
         share: of the validation images that the rule may flag.
     """
     critical = np.asarray(rule.score([np.load(path) for path in validation]).critical_alpha)
-    alpha = float(np.quantile(critical, 1 - share, method="higher"))
+    reached = np.quantile(critical, 1 - share, method="higher")
+    # Rounded to float32 it may lie above the exact value, which decides.
+    alpha = float(np.nextafter(reached, np.float32(0)))
     return dataclasses.replace(rule, alpha=alpha)
 
 

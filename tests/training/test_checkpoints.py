@@ -113,7 +113,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     for read in (read_checkpoint, lambda p: AtomicCheckpointIO().load_checkpoint(p, None, False)):
         with pytest.raises(ValueError, match=r"last.ckpt must be a checkpoint, and is not"):
             read(path)
-    path.write_bytes(pickle.dumps(Code(tmp_path / "made")))
+    path.write_bytes(pickle.dumps(Code(tmp_path / "made"), protocol=2))
     with pytest.raises(ValueError, match="must be a checkpoint"):
         read_checkpoint(path)
     assert not (tmp_path / "made").exists()

@@ -25,6 +25,8 @@ from genkl_ext.training.settings import (
     Training,
 )
 
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs/compatibility.md"
 NAMES = [
     "clothing1m",
     "clothing1m-members",
@@ -183,6 +185,28 @@ def test_published_recipes_turn_on_the_slips_of_their_program() -> None:
     assert food.members.pick == {0: [1, 2, 3, 4, 4]}
     assert food.loop.seeds == [0]
     assert load("published/webvision").loop.seeds == [42]
+
+
+@pytest.mark.skipif(not DOCUMENT.is_file(), reason="docs are in the source tree only")
+def test_the_documented_switches_are_those_of_the_recipes() -> None:
+    text = DOCUMENT.read_text()
+    switches = text.partition("## Switches")[2].partition("##")[0]
+    rows = re.findall(r"^\| `(\w+)(?:: \w+)?` \|.*\| ([^|]*) \|$", switches, re.MULTILINE)
+    documented = {switch: set(on.split(", ")) for switch, on in rows}
+    usual = Compatibility()
+    assert documented == {
+        field.name: {
+            name
+            for name in ("clothing1m", "food101n", "webvision")
+            if getattr(load(f"published/{name}").compatibility, field.name)
+            != getattr(usual, field.name)
+        }
+        for field in dataclasses.fields(Compatibility)
+    }
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 20
+    for file, name in named:
+        assert re.search(rf"\b(def|class) {name}\b", (ROOT / file).read_text()), (file, name)
 
 
 def test_names_are_listed_with_their_first_line() -> None:

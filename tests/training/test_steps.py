@@ -323,6 +323,14 @@ class TestDynamic:
         assert losses["clean_loss"].item() == pytest.approx(clean.item(), rel=1e-6)
         assert losses["nnc_loss"].item() == pytest.approx(nnc.item(), rel=1e-6)
 
+    def test_a_softmax_at_the_threshold_is_enough(self):
+        batch = {**make_batch(0, 2, 0, mixed=False), "label": torch.tensor([0, 1])}
+        logits = torch.tensor([[0, 0, -1e4, -1e4], [0.01, 0, -1e4, -1e4]], dtype=torch.float64)
+        losses = GenKLStep(Training(clean="dynamic", clean_threshold=0.5), AS_MEANT)(
+            Given(logits), batch
+        )
+        assert losses["clean_share"].item() == 0.5
+
     def test_nc_images_are_never_clean(self):
         batch = make_batch(0, 0, 5)
         logits = 9.0 * F.one_hot(batch["label"], K).double()
