@@ -255,7 +255,7 @@ _TRAINING: dict[str, tuple[str, dict[str, str]]] = {  # section -> title, cell -
         "JPEG files to steps",
         {"images_per_second": "img/s", "wait": "share of the time waited"},
     ),
-    "memory": ("Memory", {"peak_mib": "MiB at most"}),
+    "memory": ("Memory", {"mib": "MiB"}),
     "engine": (
         "engine.fit against a bare loop",
         {"step_ms": "ms a step", "once_ms": "ms once", "images_per_second": "img/s"},

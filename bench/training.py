@@ -6,7 +6,8 @@ step     one step of the objective against one of plain cross-entropy: the same 
 files    JPEG files to steps, in the same plain loop: our batches against torch's DataLoader with
          torchvision's transforms of PIL pictures, both with all processors. The wait is the share
          of the time until the next batch is there, from the second batch of an epoch on.
-memory   the most that a process needs for such steps, in a process of its own.
+memory   what such steps, and such epochs of files, need in the end, each in a process of its own,
+         with its workers; pages that processes share count once.
 engine   engine.fit against a bare loop, over the same batch again and again. Two lengths are timed:
          their difference is steps, the rest is what a training costs once.
 
@@ -16,8 +17,11 @@ pixels; without one, of smaller networks on the CPU.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import functools
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -142,11 +146,9 @@ def random_batch(case: Case, device: torch.device) -> Batch:
 
 def require_same_loss(case: Case) -> None:
     """On clean images without mixup the objective is cross-entropy: both sides do the same."""
-    rows = Rows(case.batch)
-    rows.groups[:] = CLEAN
     batch = random_batch(case, torch.device("cpu"))
     one_hot = F.one_hot(batch["label"], K).float()
-    clean = {**batch, "group": torch.from_numpy(rows.groups), "target": one_hot}
+    clean = {**batch, "group": torch.full((case.batch,), CLEAN), "target": one_hot}
     step = GenKLStep(Training(loss_scale=1.0, mixup_alpha=0), Compatibility())
     ours = step(case.build(), clean)["loss"].item()
     theirs = cross_entropy(case.build(), batch)["loss"].item()
@@ -157,8 +159,8 @@ def require_same_loss(case: Case) -> None:
 # ---- step ----------------------------------------------------------------------------------------
 
 
-def step_candidates(case: Case) -> dict[str, Candidate]:
-    """Name -> function that takes one step."""
+def step_sides(case: Case) -> dict[str, Callable[[], Candidate]]:
+    """Name -> what makes the function that takes one step."""
     device = torch.device("cpu")
     batch = random_batch(case, device)
 
@@ -180,10 +182,10 @@ def step_candidates(case: Case) -> dict[str, Candidate]:
         return learn
 
     return {
-        "cross-entropy": plain(),
-        "GenKL": genkl(),
-        "GenKL without mixup": genkl(mixup_alpha=0),
-        "GenKL, dynamic": genkl(clean="dynamic"),
+        "cross-entropy": plain,
+        "GenKL": genkl,
+        "GenKL without mixup": functools.partial(genkl, mixup_alpha=0),
+        "GenKL, dynamic": functools.partial(genkl, clean="dynamic"),
     }
 
 
@@ -206,7 +208,8 @@ def part_candidates(case: Case) -> dict[str, Candidate]:
 
 def step_cells(case: Case, seconds: float, rounds: tuple[int, int]) -> list[dict[str, Any]]:
     require_same_loss(case)
-    times = take_turns(step_candidates(case), seconds=seconds, rounds=rounds)
+    candidates = {name: make() for name, make in step_sides(case).items()}
+    times = take_turns(candidates, seconds=seconds, rounds=rounds)
     plain = times["cross-entropy"].median
     cells = []
     for name, taken in times.items():
@@ -226,38 +229,40 @@ def step_cells(case: Case, seconds: float, rounds: tuple[int, int]) -> list[dict
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def file_candidates(
-    case: Case, paths: list[str], workers: int, device: torch.device, waits: dict[str, list[float]]
-) -> dict[str, Candidate]:
-    """Name -> function that trains for one epoch and notes the share of it that was waited."""
+def file_sides(
+    case: Case, paths: list[str], device: torch.device, waits: dict[str, list[float]]
+) -> dict[str, Callable[[], Candidate]]:
+    """Name -> what makes the function that trains for an epoch, and notes how much it waited."""
+    workers = len(os.sched_getaffinity(0))
     manifest = manifest_of(paths)
     transforms = Transforms(size=case.size, resize=case.size * 8 // 7, crop="random", flip=0.5)
     data = Data(train=transforms, threads=workers, on_error="raise")
-    rows = manifest.rows("train")
-    targets = Rows(len(rows)).targets
-    targets = Targets(targets.top_class, targets.top_prob, manifest.labels[rows], targets.prior,
-                      targets.nc, K)  # fmt: skip
+    how: dict[str, Any] = {"device": device, "channels_last": True}
+    noisy = manifest.rows("train")
+    targets = dataclasses.replace(Rows(len(noisy)).targets, label=manifest.labels[noisy])
     training = Training(batch_size=case.batch, clean="joint")
 
-    def epochs(name: str, batches: Iterable[Batch], step: Step) -> Candidate:
-        trainee = Trainee(case.build(), device)
+    def epochs(name: str, make: Callable[[], Iterable[Batch]], step: Step) -> Candidate:
+        trainee, batches = Trainee(case.build(), device), make()
         return lambda _: waits[name].append(train_for_an_epoch(trainee, batches, step))
 
-    ours = labelled(
-        manifest, np.arange(len(manifest)), data, case.batch, 0,
-        device=device, channels_last=True,
-    )  # fmt: skip
-    relabelled = grouped(
-        manifest, targets, np.ones(len(rows), bool), manifest.rows("clean"), data, training, 0,
-        device=device, channels_last=True,
-    )  # fmt: skip
-    theirs = data_loader(paths, manifest.labels, transforms, case.batch, workers, device)
-    sides: dict[str, tuple[Iterable[Batch], Step]] = {
+    def theirs() -> Iterable[Batch]:
+        return data_loader(paths, manifest.labels, transforms, case.batch, workers, device)
+
+    def ours() -> Iterable[Batch]:
+        return labelled(manifest, np.arange(len(manifest)), data, case.batch, 0, **how)
+
+    def relabelled() -> Iterable[Batch]:
+        used = np.ones(len(noisy), bool)
+        clean = manifest.rows("clean")
+        return grouped(manifest, targets, used, clean, data, training, 0, **how)
+
+    sides: dict[str, tuple[Callable[[], Iterable[Batch]], Step]] = {
         "DataLoader, cross-entropy": (theirs, cross_entropy),
         "genkl_ext, cross-entropy": (ours, PlainStep()),
         "genkl_ext, GenKL": (relabelled, GenKLStep(training, Compatibility())),
     }
-    return {name: epochs(name, *side) for name, side in sides.items()}
+    return {name: functools.partial(epochs, name, *side) for name, side in sides.items()}
 
 
 def train_for_an_epoch(trainee: Trainee, batches: Iterable[Batch], step: Step) -> float:
@@ -338,10 +343,8 @@ def _one_thread(_: int) -> None:
 def file_cells(
     case: Case, paths: list[str], device: torch.device, rounds: int
 ) -> list[dict[str, Any]]:
-    workers = len(os.sched_getaffinity(0))
-    names = ("DataLoader, cross-entropy", "genkl_ext, cross-entropy", "genkl_ext, GenKL")
-    waits: dict[str, list[float]] = {name: [] for name in names}
-    candidates = file_candidates(case, paths, workers, device, waits)
+    waits: dict[str, list[float]] = collections.defaultdict(list)
+    candidates = {name: make() for name, make in file_sides(case, paths, device, waits).items()}
     times = take_turns(candidates, seconds=0.0, rounds=(rounds, rounds))
     images = len(paths) // case.batch * case.batch
     cells = []
@@ -357,28 +360,30 @@ def file_cells(
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_of_step(case: Case, name: str) -> None:
-    """Take a few steps, and print the most memory that this process had, in MiB."""
-    step = step_candidates(case)[name]
-    for turn in range(3):
-        step(turn)
-    # Not getrusage: its peak begins with that of the parent.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+def print_memory(case: Case, name: str, paths: list[str], device: torch.device) -> None:
+    """Take three steps, or train for an epoch, and print what memory that needs, in MiB."""
+    steps = step_sides(case)
+    sides = steps | file_sides(case, paths, device, collections.defaultdict(list))
+    candidate = sides[name]()
+    for turn in range(3 if name in steps else 1):
+        candidate(turn)
+    processes = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    shares = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in processes)
+    print(sum(int(share.partition("\nPss:")[2].split()[0]) for share in shares) / 1024)
 
 
-def memory_cells(case: Case) -> list[dict[str, Any]]:
-    """Of each kind of step, in a process of its own; torch and the rest of the program included."""
+def memory_cells(case: Case, names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
+    """Of these sides; torch and the rest of the program included."""
     cells = []
-    for name in ("cross-entropy", "GenKL"):
-        command = [sys.executable, __file__, "--peak", name, "--cases", text_of(case)]
+    for name in names:
+        command = [sys.executable, __file__, "--memory-of", name, "--cases", text_of(case)]
+        command += ["--images", str(folder), "--count", str(4 * case.batch)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"training: {' '.join(command)} failed: {done.stderr.strip()}")
-        peak = float(done.stdout)
         cells.append({"section": "memory", **case.facts(), "candidate": name,
-                      "peak_mib": significant(peak)})  # fmt: skip
-        print(f"memory {label(case)} {name:24} {peak:9.1f} MiB", flush=True)
+                      "mib": significant(float(done.stdout))})  # fmt: skip
+        print(f"memory {label(case)} {name:26} {float(done.stdout):8.1f} MiB", flush=True)
     return cells
 
 
@@ -519,34 +524,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--cases", nargs="+", metavar="NETWORK@PIXELSxIMAGES", help=f"default: {' '.join(CASES)}"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--peak", metavar="STEP", help="used by the benchmark itself, for memory")
+    parser.add_argument("--memory-of", metavar="NAME", help="used by the benchmark itself")
     options = parser.parse_args(arguments)
     quick = options.quick
     cases = [read_case(text) for text in options.cases or ([f"{SMALL}@16x8"] if quick else CASES)]
-    if options.peak:
-        return peak_of_step(cases[0], options.peak)
-
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     large = Case("resnet50", 224, 128)
+    if options.memory_of:
+        paths = photographs(options.images, options.count, Path())
+        return print_memory(cases[0], options.memory_of, paths, torch.device("cpu"))
+
     cells: list[dict[str, Any]] = []
-    for case in cases:
-        if "step" in options.only:
+    if "step" in options.only:
+        for case in cases:
             rounds = (2, 2) if quick else (7, 200)
             cells += step_cells(case, seconds=0.0 if quick else 40.0, rounds=rounds)
-        if "memory" in options.only:
-            cells += memory_cells(case)
     if "engine" in options.only:
         ways = [large, large._replace(compile=True)] if gpu else [Case(SMALL, 16, 32)]
         steps = (2, 4) if quick else (20, 100) if gpu else (100, 600)
         for case in ways:
             cells += engine_cells(case, device, steps, rounds=2 if quick else 7)
-    if "files" in options.only:
-        with tempfile.TemporaryDirectory() as temporary:
-            count = 64 if quick else options.count
-            paths = photographs(options.images, count, Path(temporary))
-            for case in [large] if gpu else cases[:1]:
-                cells += file_cells(case, paths, device, rounds=2 if quick else 5)
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = photographs(options.images, 64 if quick else options.count, Path(temporary))
+        if "files" in options.only:
+            case = large if gpu else cases[0]
+            cells += file_cells(case, paths, device, rounds=2 if quick else 5)
+        if "memory" in options.only:
+            names = ("DataLoader, cross-entropy", "genkl_ext, GenKL", "cross-entropy", "GenKL")
+            folder = options.images or Path(temporary)
+            cells += memory_cells(cases[0], names[:2] if quick else names, folder)
     settings = {
         "classes": K,
         "images": str(options.images.name) if options.images else "drawn",

@@ -196,12 +196,13 @@ class Objective:
             )
         log_p = _log_softmax(logits)
         # A one-hot t makes -ln <p, t> the usual cross-entropy: one formula serves two groups.
-        hot = _double_hot(log_p, targets)
-        if mixup is not None:
+        if mixup is None:
+            hot = _double_hot(log_p, targets)
+        else:
             if partner_targets is None:
                 partner_targets = targets[mixup.partner]
-            partner = _double_hot(log_p, partner_targets)
-            hot = partner.lerp(hot, mixup.weight.to(hot.dtype))
+            own, partner = _double_hot(log_p, torch.stack([targets, partner_targets]))
+            hot = partner.lerp(own, mixup.weight.to(own.dtype))
         losses = torch.where(groups == NC, _soft(log_p, targets), hot)
 
         members = groups == torch.arange(len(GROUPS), device=groups.device)[:, None]
@@ -233,7 +234,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _double_hot(log_p: Tensor, targets: Tensor) -> Tensor:
-    return -torch.logsumexp(log_p + targets.to(log_p.dtype).log(), dim=1)
+    return -torch.logsumexp(log_p + targets.to(log_p.dtype).log(), dim=-1)
 
 
 def _soft(log_p: Tensor, targets: Tensor) -> Tensor:

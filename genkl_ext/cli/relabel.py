@@ -39,7 +39,7 @@ def relabel(
     from ..training.settings import Data, Relabel
 
     manifest = read_manifest(Data(root=source, num_classes=num_classes))
-    settings = Relabel(ratio_splits=list(ratio), ratio_file=ratio_file and str(ratio_file))
+    settings = Relabel(ratio_splits=list(ratio), ratio_file=str(ratio_file) if ratio_file else None)
     facts = stages.relabel(manifest, scores, out, settings, nc_list=nc_list)
     changed = facts.pop("top_class_not_given")
     for name, count in facts.items():

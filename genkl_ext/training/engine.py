@@ -138,7 +138,7 @@ def fit(
         SystemExit: SIGTERM; a process that trains alone saves where it stands.
     """
     device = ranks.device(engine)
-    _require(settings, engine, device, validation, start)
+    _require(batches, settings, engine, device, validation, start)
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "settings": {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(Fit)},
@@ -171,10 +171,12 @@ def fit(
     )
     if ranks.first:
         _mend(out, course, checkpoint)
+    going_on = checkpoint is not None
+    del checkpoint  # it holds on to a file that will be replaced
     if len(course.history) < settings.epochs:
         with _own_random_numbers(seed, ranks, device), _quiet_lightning():
             trainer = _trainer(course, out, settings, engine, ranks, device)
-            _run(trainer, training, _Epochs(batches), None if checkpoint is None else out / LAST)
+            _run(trainer, training, _Epochs(batches), out / LAST if going_on else None)
     return course.fitted()
 
 
@@ -274,7 +276,7 @@ class _Course(Callback):
         self._since = 0.0  # this moment
         self._at_epoch_end = False  # whether last.ckpt is, or will be in a moment
         self._terminated = False
-        self._before_fit = signal.getsignal(signal.SIGTERM)
+        self._before_fit = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
         self._state = state
         if state is not None:
             self.history, self.best, self.step = state["history"], state["best"], state["step"]
@@ -324,7 +326,8 @@ class _Course(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = len(self.history) + 1
         self._read_losses()
-        row: Row = {"epoch": epoch, "step": self.step, "lr": _lr(trainer), **self._mean_losses()}
+        losses = self._mean_losses()
+        row: Row = {"epoch": epoch, "step": self.step, "lr": _lr(trainer), **losses}
         validated = self._validate(trainer, epoch)
         if validated is not None:
             row["validation_loss"] = validated.loss
@@ -344,8 +347,12 @@ class _Course(Callback):
             if is_best:
                 save_weights(self._out / BEST, self._kept().state_dict())
             _write_metrics(self._out / METRICS, self.history)
+        logged = {f"epoch_{name}": loss for name, loss in losses.items()}
+        if validated is not None:
+            logged["validation_loss"] = validated.loss
+            logged["validation_accuracy"] = validated.accuracy
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=self.step)
+            logger.log_metrics(logged, step=self.step)
         self._say(_line(row, self._settings.epochs, is_best))
         self._end_if_terminated()
 
@@ -440,7 +447,7 @@ class _Course(Callback):
                 f"help, and {self._out / LAST} is from before"
             )
 
-    def _mean_losses(self) -> Row:
+    def _mean_losses(self) -> dict[str, float]:
         names = list(self._sums)
         *sums, count = self._ranks.sum([*self._sums.values(), self._count])
         return {name: total / count for name, total in zip(names, sums, strict=True)}
@@ -694,11 +701,18 @@ def _lr(trainer: Trainer) -> float:
 
 
 def _require(
-    settings: Fit, engine: Engine, device: torch.device, validation: object, start: object
+    batches: Batches,
+    settings: Fit,
+    engine: Engine,
+    device: torch.device,
+    validation: object,
+    start: object,
 ) -> None:
     """Raise ``ValueError`` for what cannot be done."""
+    if not len(batches):
+        raise ValueError("fit: batches must be at least one, got none")
     if engine.precision == "16-mixed" and device.type == "cpu":
-        raise ValueError("fit: precision '16-mixed' must have a GPU; on a CPU there is 'bf16-mixed'")
+        raise ValueError("fit: precision '16-mixed' must have a GPU; a CPU has 'bf16-mixed'")
     if settings.epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {settings.epochs}")
     if settings.validate_every < 1:

@@ -341,20 +341,14 @@ class _Run:
 
     def variants(self, t: int) -> list[Variant]:
         """The variant of each trial."""
-        loop, members = self.recipe.loop, self.recipe.members
-        made = []
-        for seed in loop.seeds:
-            if t > 0:
-                picked = loop.seeds
-            elif members.average:
-                picked = [0]
-            else:
-                given = members.predictions or members.weights
-                everyone = list(range(len(given))) if given else members.seeds
-                picked = members.pick.get(seed, everyone)
-            rule_seed = self.recipe.rule.seed
-            made.append(Variant(tuple(picked), seed if rule_seed is None else rule_seed))
-        return made
+        seeds, rule_seed = self.recipe.loop.seeds, self.recipe.rule.seed
+        return [
+            Variant(
+                tuple(seeds if t > 0 else self.picked(seed)),
+                seed if rule_seed is None else rule_seed,
+            )
+            for seed in seeds
+        ]
 
     def place(self, t: int, variant: Variant, variants: list[Variant]) -> Path:
         """The folder of the scores and targets of a variant."""
@@ -504,7 +498,7 @@ class _Run:
         targets = place / "targets.parquet"
         members = [files[i] for i in variant.members]
         averaged = compatibility.nc_target == "averaged"
-        start = self.first_member(t, variant) if training.start == "member" else None
+        start = self.first_member(seed) if training.start == "member" else None
         settings = {
             **self.depends_on("train"),
             "seed": seed,
@@ -529,13 +523,19 @@ class _Run:
             tuned = self.finetune(t, seed, weights, place, trained)
         return {"seed": seed, "train": {**trained, "test": tested}, "finetune": tuned}
 
-    def first_member(self, t: int, variant: Variant) -> Path:
-        """The weights of a trial's first member."""
-        first = variant.members[0]
-        if t > 0:
-            return self.trial_weights(t - 1)[first]
-        given = self.recipe.members.weights
-        return Path(given[first]) if given else self.member(first)
+    def picked(self, seed: int) -> list[int]:
+        """The members of iteration 0 that a trial uses."""
+        members = self.recipe.members
+        if members.average:
+            return [0]
+        given = members.predictions or members.weights
+        return members.pick.get(seed, list(range(len(given))) if given else members.seeds)
+
+    def first_member(self, seed: int) -> Path:
+        """What a trial starts from: the first of its members of iteration 0, in later ones, too."""
+        members = self.recipe.members
+        first = self.picked(seed)[0]
+        return Path(members.weights[first]) if members.weights else self.member(first)
 
     def finetune(self, t: int, seed: int, weights: Path, place: Path, trained: Facts) -> Facts:
         """Fine-tune a trial, and test what it came to."""
@@ -714,8 +714,8 @@ def _gain(iterations: list[Facts]) -> float | None:
     """How much better the last iteration is on the validation images than the one before."""
 
     def mean(facts: Facts) -> float | None:
-        values = [chosen(trial).get("best_accuracy") for trial in facts["trials"]]
-        return None if None in values else statistics.mean(values)
+        spread = Spread.of([chosen(trial).get("best_accuracy") for trial in facts["trials"]])
+        return None if spread is None else spread.mean
 
     if len(iterations) < 2:
         return None

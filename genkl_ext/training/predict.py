@@ -196,6 +196,7 @@ def accuracy(predictions: str | os.PathLike[str] | NDArray[Any], labels: ArrayLi
         row = int(np.argmax(outside))
         raise ValueError(f"accuracy: labels must be from -1 to {k - 1}, got {y[row]} at row {row}")
 
+    y = y.astype(np.int64)  # an empty list is of floats
     rows = np.flatnonzero(y >= 0)
     step = max(1, CHUNK_BYTES // max(1, k * q.itemsize))
     images = top1 = top5 = 0

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import types
 from collections.abc import Hashable, Mapping, Sequence
@@ -62,7 +63,7 @@ def names() -> dict[str, str]:
     }
 
 
-def load(source: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """The settings of a run, every one of them known and of its type.
 
     Args:
@@ -143,17 +144,17 @@ for _sequence in (list, tuple):
     )
 
 
-def _find(source: str | Path, folder: Path, what: str) -> Path:
+def _find(source: str | os.PathLike[str], folder: Path, what: str) -> Path:
     """The file of a recipe: a path from ``folder``, or a bundled name."""
     path = folder / source
     if path.is_file():
         return path
     known = names()
-    name = str(source).removesuffix(".yaml")
+    name = os.fspath(source).removesuffix(".yaml")
     if name in known:
         return _BUNDLED / f"{name}.yaml"
     raise ValueError(
-        f"{what} must be a YAML file or one of {', '.join(known)}, got {str(source)!r}"
+        f"{what} must be a YAML file or one of {', '.join(known)}, got {os.fspath(source)!r}"
         + _did_you_mean(difflib.get_close_matches(name, known, n=1))
     )
 

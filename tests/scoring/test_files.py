@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 import genkl_ext as gk
 from genkl_ext import reference
 from genkl_ext.scoring import files as files_module
-from genkl_ext.scoring import read_nc_list, read_settings, score_files, tables
+from genkl_ext.scoring import (
+    read_nc_list,
+    read_settings,
+    rows_without_prediction,
+    score_files,
+    tables,
+)
 
 RULE = gk.GenKL(num_classes=10, alpha=1.05, beta=0.03, sigma=0.05)
 Predict = Callable[..., NDArray[Any]]
@@ -216,6 +222,142 @@ def test_no_check_on_request(tmp_path: Path, predict: Predict) -> None:
     scores = score_files(save(tmp_path, bad), RULE, validate=False).scores
     assert np.isnan(scores.critical_alpha[7]) and not scores.nc[7]
     assert np.isfinite(np.delete(scores.critical_alpha, 7)).all()
+
+
+COLUMNS = ("critical_alpha", "divergence", "votes", "nc", "top_class", "top_prob")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 1 << 26])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_left_out(
+    tmp_path: Path, predict: Predict, dtype: str, models: int, chunk_bytes: int, order: str
+) -> None:
+    arrays = [predict(301, seed=i, dtype=dtype) for i in range(models)]
+    whole = score_files(save(tmp_path, *arrays), RULE).scores
+    leave_out = np.zeros(301, bool)
+    leave_out[[0, 7, 8, 150, 300]] = True
+    for array in arrays:
+        array[leave_out] = [[np.nan], [np.inf], [-1], [9], [np.nan]]
+    paths = save(tmp_path, *(np.asarray(array, order=order) for array in arrays))
+    before = [path.read_bytes() for path in paths]
+    scores = score_files(paths, RULE, leave_out=leave_out, chunk_bytes=chunk_bytes).scores
+    for name in COLUMNS:  # to the last bit
+        column = getattr(scores, name)
+        assert column.dtype == getattr(whole, name).dtype
+        np.testing.assert_array_equal(column[~leave_out], getattr(whole, name)[~leave_out])
+        expected = tables.LEFT_OUT[name]
+        np.testing.assert_array_equal(column[leave_out], np.full(5, expected, column.dtype))
+    assert not scores.at(0)[leave_out].any()
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_rows_left_out_of_logits(tmp_path: Path, predict: Predict) -> None:
+    logits = np.log(predict(100)) + 3
+    whole = score_files(save(tmp_path, logits), RULE, logits=True).scores
+    logits[40] = np.nan
+    leave_out = np.arange(100) == 40
+    scores = score_files(save(tmp_path, logits), RULE, logits=True, leave_out=leave_out).scores
+    np.testing.assert_array_equal(
+        np.delete(scores.critical_alpha, 40), np.delete(whole.critical_alpha, 40)
+    )
+    assert np.isnan(scores.critical_alpha[40]) and scores.top_class[40] == -1
+
+
+def test_a_bad_row_beside_those_left_out(tmp_path: Path, predict: Predict) -> None:
+    array = predict(100)
+    array[[20, 30]] = np.nan
+    array[25, 3] = np.nan
+    paths = save(tmp_path, array)
+    leave_out = rows_without_prediction(paths)
+    np.testing.assert_array_equal(np.flatnonzero(leave_out), [20, 30])
+    with pytest.raises(ValueError, match=r"got nan at row 25, class 3$"):
+        score_files(paths, RULE, leave_out=leave_out)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+def test_rows_left_out_in_the_table_and_the_list(
+    tmp_path: Path, predict: Predict, suffix: str
+) -> None:
+    array = predict(50)
+    leave_out = np.arange(50) % 7 == 3
+    (tmp_path / "keys.txt").write_text("".join(f"{i}\n" for i in range(50)))
+    arguments = {
+        "rule": dataclasses.replace(RULE, alpha=0.0),  # every row is NC
+        "out": tmp_path / f"t{suffix}",
+        "keys": tmp_path / "keys.txt",
+        "nc_list": tmp_path / "nc_set.txt",
+        "leave_out": leave_out,
+    }
+    array[leave_out] = np.nan
+    result = score_files(save(tmp_path, array), **arguments)
+    assert result.nc_count == 50 - leave_out.sum()
+    assert read_nc_list(tmp_path / "nc_set.txt") == list(map(str, np.flatnonzero(~leave_out)))
+    if suffix == ".parquet":
+        table = pq.read_table(tmp_path / "t.parquet")
+        assert table["row"].to_pylist() == list(range(50))
+        np.testing.assert_array_equal(np.isnan(table["critical_alpha"]), leave_out)
+        np.testing.assert_array_equal(table["top_class"].to_numpy() == -1, leave_out)
+
+
+def test_the_mask_goes_with_the_table(tmp_path: Path, predict: Predict) -> None:
+    paths, out = save(tmp_path, predict(50)), tmp_path / "t.parquet"
+    score_files(paths, RULE, out)
+    assert read_settings(out)["leave_out"] is None
+    found = []
+    for rows in ([3], [4], [3, 4], []):
+        leave_out = np.isin(np.arange(50), rows)
+        score_files(paths, RULE, out, leave_out=leave_out)
+        found.append(read_settings(out)["leave_out"])
+    assert [entry["rows"] for entry in found] == [1, 1, 2, 0]
+    assert len({entry["digest"] for entry in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "got"),
+    [
+        (np.zeros(3, bool), r"\(3,\) bool"),
+        (np.zeros((20, 1), bool), r"\(20, 1\) bool"),
+        (np.zeros(20, int), r"\(20,\) int64"),
+    ],
+)
+def test_a_mask_that_does_not_fit(
+    tmp_path: Path, predict: Predict, leave_out: NDArray[Any], got: str
+) -> None:
+    paths = save(tmp_path, predict(20))
+    message = rf"^score: leave_out must be \(20,\) booleans, got {got}$"
+    with pytest.raises(ValueError, match=message):
+        score_files(paths, RULE, tmp_path / "t.csv", leave_out=leave_out)
+    assert not (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 26])
+@pytest.mark.parametrize("stored", ["<f4", ">f4", "<f2"])
+def test_rows_without_prediction(
+    tmp_path: Path, predict: Predict, chunk_bytes: int, stored: str
+) -> None:
+    a, b = predict(200, seed=0).astype(stored), predict(200, seed=1).astype(stored)
+    a[[0, 5]] = np.nan
+    a[7, :9] = np.nan  # in part
+    a[8, 0] = b[9, 9] = np.nan
+    a[10] = np.inf
+    b[[5, 6, 199]] = np.nan
+    paths = save(tmp_path, a, b)
+    for given, rows in ((paths, [0, 5, 6, 199]), (paths[0], [0, 5]), (str(paths[1]), [5, 6, 199])):
+        found = rows_without_prediction(given, chunk_bytes=chunk_bytes)
+        assert found.dtype == bool and found.shape == (200,)
+        np.testing.assert_array_equal(np.flatnonzero(found), rows)
+
+
+def test_rows_without_prediction_of_odd_files(tmp_path: Path, predict: Predict) -> None:
+    for shape in ((0, 10), (3, 0)):
+        found = rows_without_prediction(save(tmp_path, np.empty(shape, np.float32)))
+        np.testing.assert_array_equal(found, np.zeros(shape[0], bool))
+    with pytest.raises(ValueError, match=r"inputs must be at least one file, got none$"):
+        rows_without_prediction([])
+    with pytest.raises(ValueError, match=r"p1\.npy must be like .*p0\.npy"):
+        rows_without_prediction(save(tmp_path, predict(20), predict(21)))
 
 
 def test_wrong_number_of_classes(tmp_path: Path, predict: Predict) -> None:

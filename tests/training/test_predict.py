@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from genkl_ext.data import ImageError, Manifest, Transforms
 from genkl_ext.training import predict as predict_module
 from genkl_ext.training import unfinished
-from genkl_ext.training.predict import predict
+from genkl_ext.training.predict import Accuracy, accuracy, predict
 from genkl_ext.training.ranks import Ranks
 from genkl_ext.training.settings import Data, Engine
 
@@ -269,7 +270,7 @@ def test_on_error_raise(manifest: Manifest, tmp_path: Path) -> None:
 
 
 class Odd(nn.Module):
-    """Gives NaN for the brightest picture, or something else than logits."""
+    """Gives NaN for a white or a blank picture, the number of torch's threads, or no logits."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -278,7 +279,11 @@ class Odd(nn.Module):
     def forward(self, images: torch.Tensor) -> Any:
         logits = images.mean((2, 3))
         if self.kind == "nan":
-            return logits.masked_fill(logits > 2, torch.inf)
+            return logits.masked_fill((logits > 2) | (logits == 0), torch.inf)
+        if self.kind == "threads":
+            return torch.full_like(logits, 0).index_fill(
+                1, torch.tensor(0), torch.get_num_threads()
+            )
         return {"tuple": (logits,), "flat": logits.flatten(), "four": images}[self.kind]
 
 
@@ -286,10 +291,26 @@ def test_what_is_not_finite_is_named(manifest: Manifest, tmp_path: Path) -> None
     Image.new("RGB", (30, 30), "white").save(manifest.path(19), quality=95)
     message = r"^predict: the network's softmax must be finite, got NaN for row 19, '019\.jpg'$"
     with pytest.raises(ValueError, match=message):
-        run(manifest, tmp_path / "q.npy", network=Odd("nan"))
-    assert not (tmp_path / "q.npy").exists()
-    # The same picture does no harm where its row is left out anyway.
-    run(manifest, tmp_path / "q.npy", network=Odd("nan"), unusable=np.arange(30) == 19)
+        run(manifest, tmp_path / "a.npy", network=Odd("nan"))
+    assert not (tmp_path / "a.npy").exists()
+    # The blank picture in the place of one that is left out may give what it likes.
+    run(manifest, tmp_path / "b.npy", network=Odd("nan"), unusable=np.arange(30) == 19)
+
+
+def test_torch_computes_on_one_thread(shared: Manifest, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(shared, tmp_path / "q.npy", network=Odd("threads"))
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [3]
+    finally:
+        torch.set_num_threads(before)
+    one = torch.tensor([1.0, 0, 0]).softmax(0).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "q.npy"), np.tile(one, (43, 1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -412,13 +433,17 @@ def test_what_another_job_left_is_not_used(
     assert files(tmp_path) == ["q.npy"]
 
 
-def test_other_images_under_the_same_names_are_not_mixed(
-    shared: Manifest, whole: bytes, tmp_path: Path, marked_at_once: None
+@pytest.mark.parametrize("which", ["in another folder", "in another order"])
+def test_other_images_are_not_mixed(
+    shared: Manifest, whole: bytes, tmp_path: Path, marked_at_once: None, which: str
 ) -> None:
-    copy = pictures(tmp_path / "copy", 43)
-    assert copy.fingerprint == shared.fingerprint
+    if which == "in another folder":
+        other = pictures(tmp_path / "copy", 43)
+        assert other.fingerprint == shared.fingerprint
+    else:
+        other = shared.select(np.arange(43)[::-1])
     with pytest.raises(Stop):
-        run(copy, tmp_path / "q.npy", progress=stop_after(24))
+        run(other, tmp_path / "q.npy", progress=stop_after(24))
     with pytest.warns(UserWarning, match="begun anew"):
         run(shared, tmp_path / "q.npy")
     assert (tmp_path / "q.npy").read_bytes() == whole
@@ -654,3 +679,57 @@ def run_program(program: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("k", [2, 4, 5, 6, 14])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, dtype: str) -> None:
+    stream = np.random.default_rng(k)
+    q = (stream.integers(0, 6, (300, k)) / 8).astype(dtype)  # many ties
+    labels = stream.integers(-1, k, 300)
+    q[stream.choice(300, 40)] = np.nan
+    places = []
+    for p, y in zip(q.astype(float), labels, strict=True):
+        if y >= 0 and not np.isnan(p).any():
+            places.append(sorted(range(k), key=lambda c, p=p: (-p[c], c)).index(y))
+    expected = Accuracy(
+        top1=sum(place < 1 for place in places) / len(places),
+        top5=sum(place < 5 for place in places) / len(places),
+        images=len(places),
+        unusable=int((np.isnan(q).any(1) & (labels >= 0)).sum()),
+    )
+    assert expected.unusable > 10 and 0 < expected.top1 < expected.top5
+    np.save(tmp_path / "q.npy", q)
+    for chunk_bytes in (1, 1000, 1 << 20):
+        monkeypatch.setattr(predict_module, "CHUNK_BYTES", chunk_bytes)
+        for given in (q, tmp_path / "q.npy", str(tmp_path / "q.npy"), np.asfortranarray(q)):
+            got = accuracy(given, labels)
+            assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected))
+
+
+def test_accuracy_of_nothing() -> None:
+    for q, labels in (
+        (np.empty((0, 3), np.float32), []),
+        (np.full((2, 3), np.nan, np.float32), [0, 1]),
+        (np.ones((2, 3), np.float32), [-1, -1]),
+    ):
+        got = accuracy(q, labels)
+        assert np.isnan(got.top1) and np.isnan(got.top5) and got.images == 0
+        assert got.unusable == (2 if np.isnan(q).any() else 0)
+
+
+@pytest.mark.parametrize(
+    ("q", "labels", "message"),
+    [
+        (np.ones(3), [0, 0, 0], r"predictions must be \(N, k\) floats, got \(3,\) float64$"),
+        (np.ones((2, 3), int), [0, 0], r"must be \(N, k\) floats, got \(2, 3\) int64$"),
+        (np.ones((2, 3)), [0], r"labels must be \(2,\) integers, got \(1,\) int64$"),
+        (np.ones((2, 3)), [0.0, 1.0], r"labels must be \(2,\) integers, got \(2,\) float64$"),
+        (np.ones((2, 3)), [0, 3], r"labels must be from -1 to 2, got 3 at row 1$"),
+        (np.ones((2, 3)), [-2, 0], r"labels must be from -1 to 2, got -2 at row 0$"),
+        (np.array([[1, 2], [np.nan, 2]]), [0, 1], r"must not be NaN in part, as row 1 is$"),
+    ],
+)
+def test_accuracy_of_what_is_wrong(q: Any, labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^accuracy: .*" + message):
+        accuracy(q, labels)
