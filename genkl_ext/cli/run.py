@@ -10,27 +10,26 @@ from .progress import Progress
 
 
 def run(
-    recipe: str | None = None,
-    overrides: list[str] = [],  # noqa: B006 (never changed)
+    recipe: list[str] = [],  # noqa: B006 (never changed)
     *,
     out: Path = Path("runs/run"),
     data_root: Path | None = None,
     dry_run: bool = False,
-    list: bool = False,
+    list_recipes: bool = False,
 ) -> int:
     """Run the iterative framework: members, predictions, NC set, relabelling, training, again.
 
-    A recipe says everything; --list names those that come with the package, and a file of your own
-    can extend one of them. Started again, the command goes on where it was stopped, and runs again
-    what depends on settings that have changed. Under torchrun or SLURM it uses all processes.
+    A recipe says everything; --list-recipes names those that come with the package, and a file of
+    your own can extend one of them. Started again, the command goes on where it was stopped, and
+    runs again what depends on settings that have changed. Under torchrun or SLURM it uses all
+    processes.
 
     Args:
-        recipe: name of a recipe, or a YAML file
-        overrides: settings of the recipe to replace, as training.epochs=5
+        recipe: name of a recipe or a YAML file, then settings to replace, as training.epochs=5
         out: folder of the run
         data_root: the data set: a folder, table or manifest; the recipe's data.root
         dry_run: print what would be done, and an estimate of time and disk; write nothing
-        list: print the recipes
+        list_recipes: print the recipes that come with the package
 
     Example:
         genkl run clothing1m --data-root /data/clothing1m --out runs/clothing1m
@@ -39,20 +38,20 @@ def run(
     """
     from ..training import recipe as recipes
 
-    if list:
-        for name, line in recipes.names().items():
-            print(f"{name:24}{line}")
+    if list_recipes:
+        for known, line in recipes.names().items():
+            print(f"{known:24}{line}")
         return 0
-    if recipe is None:
-        raise UsageError("a recipe is needed; --list names those there are")
-    if "=" in recipe:
-        raise UsageError(f"a recipe is needed before the settings, got {recipe}")
+    if not recipe or "=" in recipe[0]:
+        got = f", got {recipe[0]}" if recipe else ""
+        raise UsageError(f"a recipe must come first{got}; --list-recipes names those there are")
+    name, *overrides = recipe
 
     from ..training import loop
 
     bar = Bars()
     summary = loop.run(
-        recipe,
+        name,
         out=out,
         data_root=data_root,
         overrides=overrides,
@@ -66,7 +65,7 @@ def run(
         from ..training.ranks import join
 
         more = [] if data_root is None else [f"data.root={data_root}"]
-        settings = recipes.load(recipe, [*more, *overrides])
+        settings = recipes.load(name, [*more, *overrides])
         ranks = join(settings.engine)
         cost = plan.measure(settings, summary.classes, ranks)
         print("\n".join(plan.describe(settings, summary, cost, ranks)))

@@ -128,6 +128,7 @@ def fit_labels(
         seed,
         device=job.loader_device,
         shard=(job.ranks.rank, job.ranks.size),
+        channels_last=job.recipe.network.channels_last,
     )
     return _fit(
         job,
@@ -265,6 +266,8 @@ def relabel(
     nc = nc & used if settings.uniform else np.zeros_like(nc)
     kind = np.where(used, np.where(nc, 1, 0), 2).astype(np.int8)
     top_prob = np.asarray(table["top_prob"])
+    # Without the belief of the model the one entry left is 1: the loss is the cross-entropy.
+    prior = ratio if settings.double_hot else np.ones_like(ratio)
     columns = {
         "row": np.arange(len(noisy)),
         "key": noisy.table["key"],
@@ -272,7 +275,7 @@ def relabel(
         "top_class": np.where(used, np.asarray(table["top_class"]), 0).astype(np.int32),
         "top_prob": np.where(used & settings.double_hot, top_prob, 0).astype(np.float32),
         "given_label": labels,
-        "prior": np.where(labels >= 0, ratio[labels], 0).astype(np.float32),
+        "prior": np.where(labels >= 0, prior[labels], 0).astype(np.float32),
     }
     about = {
         "version": __version__,
@@ -354,6 +357,7 @@ def train(
         averaged=list(members) if compatibility.nc_target == "averaged" else None,
         device=job.loader_device,
         shard=(job.ranks.rank, job.ranks.size),
+        channels_last=recipe.network.channels_last,
     )
     step = GenKLStep(recipe.training, compatibility)
     return _fit(job, job.network(seed, start), batches, step, out, recipe.training, seed)
@@ -379,6 +383,7 @@ def finetune(
         seed,
         device=job.loader_device,
         shard=(job.ranks.rank, job.ranks.size),
+        channels_last=job.recipe.network.channels_last,
     )
     return _fit(
         job,
