@@ -47,7 +47,7 @@ PARTS = {
 }
 
 
-def network(num_classes: int, frozen: int = 8) -> nn.Module:
+def network(num_classes: int, frozen: int = 11) -> nn.Module:
     """EfficientNet-Lite0, trained on ImageNet; its stem and first blocks do not learn.
 
     Args:

@@ -117,8 +117,8 @@ def fit(
         network: on the CPU; it ends there, with the weights of the last epoch, unless the training
             was finished before.
         batches: epochs of this process's batches.
-        step: gives named losses of a batch, scalars; "loss" is differentiated, all are logged. It
-            is not called for a batch without images, which trains nothing.
+        step: gives named losses of a batch, scalars, the same names every time; "loss" is
+            differentiated, all are logged.
         out: folder; made if it is not there.
         settings: epochs, optimiser, schedule.
         engine: precision, accumulation, clipping, average of the weights, saving, logging.
@@ -137,60 +137,105 @@ def fit(
         ImportError: a logger's package is not installed. OSError: something cannot be written.
         SystemExit: SIGTERM; a process that trains alone saves where it stands.
     """
-    device = ranks.device(engine)
-    _require(batches, settings, engine, device, validation, start)
-    out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "settings": {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(Fit)},
-        "engine": {n: getattr(engine, n) for n in ("precision", "accumulate", "clip", "ema")},
-        "seed": seed,
-        "processes": ranks.size,
-        "batches": len(batches),
-        "validation": validation is not None,
-        "start": None if start is None else list(start),
-        "eval_mode_after_first_epoch": eval_mode_after_first_epoch,
-        "last_batch_validation_loss": last_batch_validation_loss,
-        "lr_zero": lr_zero,
-    }
-    training = _Training(network, step, settings, lr_zero)
-    checkpoint = _take_up(out, about, training, ranks)
-    course = _Course(
-        training=training,
-        batches=batches,
-        validation=validation,
-        out=out,
-        settings=settings,
-        engine=engine,
-        ranks=ranks,
-        about=about,
-        to_beat=start,
-        say=say if ranks.first else _silent,
-        eval_mode_after_first_epoch=eval_mode_after_first_epoch,
-        last_batch_validation_loss=last_batch_validation_loss,
-        state=None if checkpoint is None else checkpoint[_STATE],
+    task = _Task(
+        batches,
+        out,
+        settings,
+        engine,
+        seed,
+        ranks,
+        validation,
+        start,
+        say if ranks.first else _silent,
+        eval_mode_after_first_epoch,
+        last_batch_validation_loss,
+        lr_zero,
     )
+    task.check()
+    out.mkdir(parents=True, exist_ok=True)
+    training = _Training(network, step, task)
+    checkpoint = _take_up(task, training)
+    course = _Course(task, training, None if checkpoint is None else checkpoint[_STATE])
     if ranks.first:
         _mend(out, course, checkpoint)
     going_on = checkpoint is not None
     del checkpoint  # it holds on to a file that will be replaced
     if len(course.history) < settings.epochs:
-        with _own_random_numbers(seed, ranks, device), _quiet_lightning():
-            trainer = _trainer(course, out, settings, engine, ranks, device)
-            _run(trainer, training, _Epochs(batches), out / LAST if going_on else None)
+        with _own_random_numbers(task), _quiet_lightning():
+            _run(_trainer(task, course), training, batches, out / LAST if going_on else None)
     return course.fitted()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What :func:`fit` was asked for; its arguments say what each part is."""
+
+    batches: Batches
+    out: Path
+    settings: Fit
+    engine: Engine
+    seed: int
+    ranks: Ranks
+    validation: Iterable[Batch] | None
+    start: tuple[float, float] | None
+    say: Callable[[str], None]
+    eval_mode_after_first_epoch: bool
+    last_batch_validation_loss: bool
+    lr_zero: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device(self.engine)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the result depends on, apart from network, step and data, in plain values."""
+        parts = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Fit)}
+        return {
+            "settings": {name: _plain(part) for name, part in parts.items()},
+            "engine": {
+                name: getattr(self.engine, name)
+                for name in ("precision", "accumulate", "clip", "ema")
+            },
+            "seed": self.seed,
+            "processes": self.ranks.size,
+            "batches": len(self.batches),
+            "validation": self.validation is not None,
+            "start": None if self.start is None else list(self.start),
+            "eval_mode_after_first_epoch": self.eval_mode_after_first_epoch,
+            "last_batch_validation_loss": self.last_batch_validation_loss,
+            "lr_zero": self.lr_zero,
+        }
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what cannot be done."""
+        settings = self.settings
+        if not len(self.batches):
+            raise ValueError("fit: batches must be at least one, got none")
+        if self.engine.precision == "16-mixed" and self.device.type == "cpu":
+            raise ValueError("fit: precision '16-mixed' must have a GPU; a CPU has 'bf16-mixed'")
+        if settings.epochs < 1:
+            raise ValueError(f"fit: epochs must be at least 1, got {settings.epochs}")
+        if settings.validate_every < 1:
+            raise ValueError(
+                f"fit: validate_every must be at least 1, got {settings.validate_every}"
+            )
+        if self.validation is None and settings.schedule.name == "plateau":
+            raise ValueError("fit: the plateau schedule must have validation images, got none")
+        if self.validation is None and self.start is not None:
+            raise ValueError("fit: start must come with validation images, got none")
 
 
 class _Training(LightningModule):
     """The network and what makes a step of it."""
 
-    def __init__(self, network: nn.Module, step: Step, settings: Fit, lr_zero: bool) -> None:
+    def __init__(self, network: nn.Module, step: Step, task: _Task) -> None:
         super().__init__()
         self.network = network
         self.losses: dict[str, Tensor] = {}  #: of the last batch
         self.scheduler: LambdaLR | ReduceLROnPlateau | None = None
         self._step = step
-        self._settings = settings
-        self._lr_zero = lr_zero
+        self._task = task
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
@@ -200,11 +245,6 @@ class _Training(LightningModule):
             super().__setattr__(name, value)
 
     def training_step(self, batch: Batch) -> Tensor:
-        if not len(batch["image"]):
-            # Nothing to learn, but the other processes wait for this one's gradients.
-            self.losses = {}
-            nothing: Any = sum(p.sum() for p in self.network.parameters() if p.requires_grad)
-            return nothing * 0.0
         losses = self._step(self.network, batch)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         return losses["loss"]
@@ -216,8 +256,9 @@ class _Training(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = _optimizer(parameters, self._settings.optimizer, self._lr_zero)
-        schedule, epochs = self._settings.schedule, self._settings.epochs
+        settings = self._task.settings
+        optimizer = _optimizer(parameters, settings.optimizer, self._task.lr_zero)
+        schedule, epochs = settings.schedule, settings.epochs
         # Not given to Lightning: it would step the plateau schedule after last.ckpt is written.
         if schedule.name == "cosine":
             self.scheduler = LambdaLR(optimizer, lambda e: (1 + math.cos(math.pi * e / epochs)) / 2)
@@ -235,39 +276,13 @@ class _Course(Callback):
     of its epoch, and at the end of an epoch when all else is done.
     """
 
-    def __init__(
-        self,
-        *,
-        training: _Training,
-        batches: Batches,
-        validation: Iterable[Batch] | None,
-        out: Path,
-        settings: Fit,
-        engine: Engine,
-        ranks: Ranks,
-        about: dict[str, Any],
-        to_beat: tuple[float, float] | None,
-        say: Callable[[str], None],
-        eval_mode_after_first_epoch: bool,
-        last_batch_validation_loss: bool,
-        state: dict[str, Any] | None,
-    ) -> None:
+    def __init__(self, task: _Task, training: _Training, state: dict[str, Any] | None) -> None:
         self.history: list[Row] = []  #: of metrics.csv
         self.best: Row | None = None  #: its row of the best epoch
         self.step = 0  #: of the optimiser
-        self._network = training.network
+        self._task = task
         self._training = training
-        self._batches = batches
-        self._validation = validation
-        self._out = out
-        self._settings = settings
-        self._engine = engine
-        self._ranks = ranks
-        self._about = about
-        self._to_beat = to_beat
-        self._say = say
-        self._eval_mode_after_first_epoch = eval_mode_after_first_epoch
-        self._last_batch_validation_loss = last_batch_validation_loss
+        self._network = training.network
         self._average: AveragedModel | None = None
         self._sums: dict[str, float] = {}  # of this epoch's losses, and of so many batches:
         self._count = 0
@@ -280,26 +295,27 @@ class _Course(Callback):
         self._state = state
         if state is not None:
             self.history, self.best, self.step = state["history"], state["best"], state["step"]
-            batches.load_state_dict(state["ranks"][ranks.rank]["batches"])
+            task.batches.load_state_dict(state["ranks"][task.ranks.rank]["batches"])
         else:
-            batches.set_epoch(0)
+            task.batches.set_epoch(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._engine.ema is not None:
+        if self._task.engine.ema is not None:
             # Buffers too: the statistics of batch norm belong to the averaged weights.
             self._average = AveragedModel(
                 self._network,
-                multi_avg_fn=get_ema_multi_avg_fn(self._engine.ema),
+                multi_avg_fn=get_ema_multi_avg_fn(self._task.engine.ema),
                 use_buffers=True,
             )
         if self._state is not None:
             self._restore(self._state)
             self._state = None
         self._set_mode()
+        self._terminated = trainer.received_sigterm
         if threading.current_thread() is threading.main_thread():
             # Lightning's handler talks to the other processes, at a moment of which they know
             # nothing; its teardown puts back what was there before.
-            alone = self._ranks.size == 1
+            alone = self._task.ranks.size == 1
             signal.signal(signal.SIGTERM, self._terminate if alone else self._before_fit)
         self._since = time.perf_counter()
 
@@ -308,17 +324,16 @@ class _Course(Callback):
     ) -> None:
         stepped = trainer.global_step > self.step
         self.step = trainer.global_step
-        if self._training.losses:
-            self._unread.append((self.step, self._training.losses))
+        self._unread.append((self.step, self._training.losses))
         if not stepped:
             return
         if self._average is not None:
             self._average.update_parameters(self._network)
-        if self.step % self._engine.log_every == 0:
+        if self.step % self._task.engine.log_every == 0:
             self._log(trainer)
         if trainer.is_last_batch:
             return  # the end of the epoch saves
-        every = self._engine.save_every
+        every = self._task.engine.save_every
         if self._terminated or (every is not None and self.step % every == 0):
             self._save(trainer)
         self._end_if_terminated()
@@ -343,17 +358,17 @@ class _Course(Callback):
         self._set_mode()
         # In this order: ``_mend`` can write the other two from the first.
         self._save(trainer, at_epoch_end=True)
-        if self._ranks.first:
+        if self._task.ranks.first:
             if is_best:
-                save_weights(self._out / BEST, self._kept().state_dict())
-            _write_metrics(self._out / METRICS, self.history)
+                save_weights(self._task.out / BEST, self._kept().state_dict())
+            _write_metrics(self._task.out / METRICS, self.history)
         logged = {f"epoch_{name}": loss for name, loss in losses.items()}
         if validated is not None:
             logged["validation_loss"] = validated.loss
             logged["validation_accuracy"] = validated.accuracy
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=self.step)
-        self._say(_line(row, self._settings.epochs, is_best))
+        self._task.say(_line(row, self._task.settings.epochs, is_best))
         self._end_if_terminated()
 
     def on_save_checkpoint(
@@ -362,7 +377,7 @@ class _Course(Callback):
         scheduler = self._training.scheduler
         average = self._average
         checkpoint[_STATE] = {
-            "about": self._about,
+            "about": self._task.about,
             "history": self.history,
             "best": self.best,
             "step": self.step,
@@ -373,7 +388,7 @@ class _Course(Callback):
             "averaged": 0 if average is None else int(average.n_averaged),
             "ranks": self._of_each_rank(
                 {
-                    "batches": self._batches.state_dict(),
+                    "batches": self._task.batches.state_dict(),
                     "random": _random_state(pl_module.device),
                     "sums": self._sums,
                     "count": self._count,
@@ -402,16 +417,16 @@ class _Course(Callback):
             self._average.module.load_state_dict(state["average"])
             self._average.n_averaged.fill_(state["averaged"])
         self._seconds = state["seconds"]
-        mine = state["ranks"][self._ranks.rank]
+        mine = state["ranks"][self._task.ranks.rank]
         self._sums, self._count = dict(mine["sums"]), mine["count"]
         _set_random_state(mine["random"], self._training.device)
-        self._say(
+        self._task.say(
             f"goes on after step {self.step}, in epoch {len(self.history) + 1} of "
-            f"{self._settings.epochs}"
+            f"{self._task.settings.epochs}"
         )
 
     def _set_mode(self) -> None:
-        frozen = self._eval_mode_after_first_epoch and len(self.history) > 0
+        frozen = self._task.eval_mode_after_first_epoch and len(self.history) > 0
         self._network.train(not frozen)
 
     def _kept(self) -> nn.Module:
@@ -439,63 +454,61 @@ class _Course(Callback):
         self._require_finite("losses", bad)
 
     def _require_finite(self, what: str, bad: str) -> None:
-        (others,) = self._ranks.sum([bool(bad)])
+        (others,) = self._task.ranks.sum([bool(bad)])
         if others:
             bad = bad or f"others on another process, up to step {self.step}"
             raise FloatingPointError(
                 f"fit: {what} must be finite, got {bad}; a lower learning rate or clipping may "
-                f"help, and {self._out / LAST} is from before"
+                f"help, and {self._task.out / LAST} is from before"
             )
 
     def _mean_losses(self) -> dict[str, float]:
         names = list(self._sums)
-        *sums, count = self._ranks.sum([*self._sums.values(), self._count])
+        *sums, count = self._task.ranks.sum([*self._sums.values(), self._count])
         return {name: total / count for name, total in zip(names, sums, strict=True)}
 
     def _log(self, trainer: Trainer) -> None:
         """Give the losses of this step to the loggers."""
         self._read_losses()
         losses = {name: float(loss) for name, loss in self._training.losses.items()}
-        if not losses:
-            return
         values = {"epoch": len(self.history) + 1, "lr": _lr(trainer), **losses}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self.step)
-        if "csv" in self._engine.loggers and self._ranks.first:
-            _append(self._out / STEPS, {"step": self.step, **values})
+        if "csv" in self._task.engine.loggers and self._task.ranks.first:
+            _append(self._task.out / STEPS, {"step": self.step, **values})
 
     def _validate(self, trainer: Trainer, epoch: int) -> Validation | None:
-        due = epoch % self._settings.validate_every == 0 or epoch == self._settings.epochs
-        if self._validation is None or not due:
+        due = epoch % self._task.settings.validate_every == 0 or epoch == self._task.settings.epochs
+        if self._task.validation is None or not due:
             return None
         network = self._kept()
-        if self._ranks.size > 1:
+        if self._task.ranks.size > 1:
             # Each process has seen other images; the first one's statistics are those it will save.
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
         network.eval()
         with trainer.precision_plugin.val_step_context():
-            return validate(network, self._validation, self._training.device, self._ranks)
+            return validate(network, self._task.validation, self._training.device, self._task.ranks)
 
     def _step_schedule(self, validated: Validation | None) -> None:
         scheduler = self._training.scheduler
         if isinstance(scheduler, ReduceLROnPlateau):
             if validated is not None:
-                published = self._last_batch_validation_loss
+                published = self._task.last_batch_validation_loss
                 scheduler.step(validated.published_loss if published else validated.loss)
         elif scheduler is not None:
             scheduler.step()
 
     def _is_best(self, row: Row) -> bool:
-        if self._validation is None:
-            return row["epoch"] == self._settings.epochs
-        accuracy, loss = row.get("validation_accuracy"), row.get("validation_loss")
-        if accuracy is None or loss is None:
+        if self._task.validation is None:
+            return row["epoch"] == self._task.settings.epochs
+        score, start = _score(row), self._task.start
+        if score is None:
             return False
-        to_beat = self._to_beat
+        to_beat = None if start is None else (start[0], -start[1])
         if self.best is not None:
-            to_beat = self.best["validation_accuracy"] or 0.0, self.best["validation_loss"] or 0.0
-        return to_beat is None or (accuracy, -loss) > (to_beat[0], -to_beat[1])
+            to_beat = _score(self.best)
+        return to_beat is None or score > to_beat
 
     def _save(self, trainer: Trainer, *, at_epoch_end: bool = False) -> None:
         self._read_losses()
@@ -503,12 +516,12 @@ class _Course(Callback):
         bad = next((name for name, p in parameters if not bool(p.isfinite().all())), "")
         self._require_finite("weights", bad and f"others in {bad} after step {self.step}")
         self._at_epoch_end = at_epoch_end
-        trainer.save_checkpoint(self._out / LAST)
+        trainer.save_checkpoint(self._task.out / LAST)
 
     def _of_each_rank(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         everyones: list[Any] = [mine]
-        if self._ranks.size > 1:
-            everyones *= self._ranks.size
+        if self._task.ranks.size > 1:
+            everyones *= self._task.ranks.size
             torch.distributed.all_gather_object(everyones, mine)
         return everyones
 
@@ -618,9 +631,8 @@ class _Joined(ClusterEnvironment):
         return self._ranks.rank
 
 
-def _trainer(
-    course: _Course, out: Path, settings: Fit, engine: Engine, ranks: Ranks, device: torch.device
-) -> Trainer:
+def _trainer(task: _Task, course: _Course) -> Trainer:
+    engine, ranks, device = task.engine, task.ranks, task.device
     bar = sys.stderr.isatty() and ranks.first
     callbacks: list[Callback] = [course]
     if bar:
@@ -632,13 +644,13 @@ def _trainer(
         strategy=DDPStrategy() if ranks.size > 1 else "auto",
         plugins=[_Joined(ranks), AtomicCheckpointIO()],
         precision=engine.precision,
-        max_epochs=settings.epochs,
+        max_epochs=task.settings.epochs,
         accumulate_grad_batches=engine.accumulate,
         gradient_clip_val=engine.clip,
         callbacks=callbacks,
-        logger=_loggers(engine, out, course.step) if ranks.first else False,
+        logger=_loggers(engine, task.out, course.step) if ranks.first else False,
         log_every_n_steps=engine.log_every,
-        default_root_dir=out,
+        default_root_dir=task.out,
         enable_progress_bar=bar,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -650,10 +662,10 @@ def _trainer(
     return trainer
 
 
-def _run(trainer: Trainer, training: _Training, epochs: _Epochs, checkpoint: Path | None) -> None:
+def _run(trainer: Trainer, training: _Training, batches: Batches, checkpoint: Path | None) -> None:
     try:
         with _own_threads():
-            trainer.fit(training, epochs, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(training, _Epochs(batches), ckpt_path=checkpoint, weights_only=True)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends the process for it
             raise KeyboardInterrupt from None
@@ -696,50 +708,31 @@ def _optimizer(
     return torch.optim.AdamW(parameters, lr, weight_decay=decay)
 
 
+def _score(row: Row) -> tuple[float, float] | None:
+    """The larger, the better; None for an epoch that was not validated."""
+    accuracy, loss = row.get("validation_accuracy"), row.get("validation_loss")
+    return None if accuracy is None or loss is None else (accuracy, -loss)
+
+
 def _lr(trainer: Trainer) -> float:
     return float(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def _require(
-    batches: Batches,
-    settings: Fit,
-    engine: Engine,
-    device: torch.device,
-    validation: object,
-    start: object,
-) -> None:
-    """Raise ``ValueError`` for what cannot be done."""
-    if not len(batches):
-        raise ValueError("fit: batches must be at least one, got none")
-    if engine.precision == "16-mixed" and device.type == "cpu":
-        raise ValueError("fit: precision '16-mixed' must have a GPU; a CPU has 'bf16-mixed'")
-    if settings.epochs < 1:
-        raise ValueError(f"fit: epochs must be at least 1, got {settings.epochs}")
-    if settings.validate_every < 1:
-        raise ValueError(f"fit: validate_every must be at least 1, got {settings.validate_every}")
-    if validation is None and settings.schedule.name == "plateau":
-        raise ValueError("fit: the plateau schedule must have validation images, got none")
-    if validation is None and start is not None:
-        raise ValueError("fit: start must come with validation images, got none")
-
-
-def _take_up(
-    out: Path, about: dict[str, Any], training: _Training, ranks: Ranks
-) -> dict[str, Any] | None:
+def _take_up(task: _Task, training: _Training) -> dict[str, Any] | None:
     """The checkpoint to go on from; None if there is none.
 
     Raises:
         ValueError: it is of another training.
     """
-    path = out / LAST
-    if not ranks.broadcast(path.exists()):
+    path = task.out / LAST
+    if not task.ranks.broadcast(path.exists()):
         return None
     checkpoint = read_checkpoint(path, mmap=True)
-    anew = f"remove {out} to begin anew"
+    anew = f"remove {task.out} to begin anew"
     if _STATE not in checkpoint:
         raise ValueError(f"fit: {path} must be the checkpoint of a training by fit; {anew}")
     before = checkpoint[_STATE]["about"]
-    for name, wanted in about.items():
+    for name, wanted in task.about.items():
         if before.get(name) != wanted:
             raise ValueError(
                 f"fit: {path} must be of a training with {name} {wanted}, "
@@ -829,10 +822,10 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 @contextmanager
-def _own_random_numbers(seed: int, ranks: Ranks, device: torch.device) -> Iterator[None]:
+def _own_random_numbers(task: _Task) -> Iterator[None]:
     """torch's generators are the training's; after it they are as they were."""
-    mine = seed * ranks.size + ranks.rank
-    gpus = [device] if device.type == "cuda" else []
+    mine = task.seed * task.ranks.size + task.ranks.rank
+    gpus = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
         torch.default_generator.manual_seed(mine)
         for gpu in gpus:
