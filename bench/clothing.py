@@ -5,7 +5,7 @@ are flipped, and pictures of other clothes, or of nothing clear, come under the 
 would give them. Nobody who took a test photograph took one that is trained on. A small network
 (EfficientNet-Lite0, trained on ImageNet, its first layers left as they are) learns:
 
-    noisy         plain cross-entropy on the noisy labels        both: and the verified ones
+    noisy         plain cross-entropy on the noisy labels
     members       plain cross-entropy on the verified labels
     GenKL         iterations 0 to 2
     no uniform    NC images get double-hot targets like the others    (iteration 0)
@@ -161,7 +161,7 @@ def main() -> None:
         out = asked.work / name.replace(" ", "-")
         return gk.run(recipe, data_root=table, out=out, overrides=[*overrides, *more])
 
-    whole = run("whole", "loop.baselines=[noisy, both]")
+    whole = run("whole", "loop.baselines=[noisy]")
     cells = []
 
     def cell(training: str, fitted: list[Any], **more: Any) -> None:

@@ -109,13 +109,18 @@ def test_webvision_with_fewer_classes(
     assert said["predicted"] == f"{len(manifest)} images of webvision, 4 classes"
     assert said["seen as"] == "299 x 299 of the middle, shorter side 320"
     assert Path("q.npy").read_bytes() == expected(manifest, Transforms.preset("webvision", "eval"))
-    # Another number of classes than the labels': no accuracy.
-    manifest.save("m.parquet")
-    torch.save(networks.build(Network("own:build"), 2, seed=0).state_dict(), "w.safetensors.pth")
-    words = "m.parquet --network own:build --weights w.safetensors.pth --num-classes 2 -o q.npy"
-    status, said, _ = run(capsys, words, "--transforms clothing1m")
+
+
+def test_another_number_of_classes_than_that_of_the_labels(
+    data: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(networks.build(Network("own:build"), 2, seed=0).state_dict(), "w.pth")
+    words = "--network own:build --weights w.pth --num-classes 2 -o q.npy --transforms webvision"
+    status, said, _ = run(capsys, data / "clothing1m", words)
     assert status == 0 and "given labels" not in said
-    assert said["seen as"] == "224 x 224 of the middle, shorter side 256"
+    assert said["predicted"] == "24 images of clothing1m, 2 classes"
+    assert said["seen as"] == "299 x 299 of the middle, shorter side 320"
+    assert np.load("q.npy").shape == (24, 2)
 
 
 def test_options_of_the_network(data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
