@@ -47,7 +47,7 @@ from . import recipe as recipes
 from . import stages
 from .ranks import Ranks, join
 from .records import Facts, Planned, Records, Say, Stage
-from .settings import Data, Recipe
+from .settings import Data, Fit, Recipe
 from .stages import Job, Progress
 
 _FLOAT = 4
@@ -297,7 +297,7 @@ class _Run:
         return [self.noisy[rows] for rows in folds]
 
     def fit_labels(
-        self, name: str, rows: NDArray[np.int64], fit: Any, seed: int, *, test: bool = True
+        self, name: str, rows: NDArray[np.int64], fit: Fit, seed: int, *, test: bool = True
     ) -> Facts:
         """One plain training, and how well it does on the test images."""
         out = self.folder / name
@@ -307,7 +307,7 @@ class _Run:
             **self.depends_on("train"),
             "seed": seed,
             "rows": _digest(rows),
-            "fit": _fit_settings(fit),
+            "fit": _plain_settings(fit),
             "eval_mode_after_first_epoch": frozen,
         }
         fitted = self.records.do(
@@ -320,7 +320,7 @@ class _Run:
         return {"seed": seed, **fitted, "test": tested}
 
     def fitting(
-        self, name: str, settings: Facts, out: Path, fit: Any, images: int, **more: Any
+        self, name: str, settings: Facts, out: Path, fit: Fit, images: int, **more: Any
     ) -> Stage:
         """The stage of a training."""
         inputs = [*self.looked_at(), *more.pop("inputs", [])]
@@ -502,7 +502,7 @@ class _Run:
         settings = {
             **self.depends_on("train"),
             "seed": seed,
-            "fit": _fit_settings(training),
+            "fit": dataclasses.asdict(training),
             "compatibility": {
                 key: getattr(compatibility, key)
                 for key in ("nc_target", "unpermuted_prior", "separate_passes")
@@ -570,7 +570,7 @@ class _Run:
         settings = {
             **self.depends_on("train"),
             "seed": seed,
-            "fit": _fit_settings(tuning),
+            "fit": dataclasses.asdict(tuning),
             "lr_zero": self.recipe.compatibility.finetune_lr_zero,
             "best": best,
         }
@@ -736,12 +736,10 @@ def _digest(rows: NDArray[np.int64]) -> str:
     return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def _fit_settings(fit: Any) -> Facts:
-    """The settings of a training; of members, without which there are."""
-    facts = dataclasses.asdict(fit)
-    for name in ("seeds", "pick", "weights", "predictions", "average", "nc_list"):
-        facts.pop(name, None)
-    return facts
+def _plain_settings(fit: Fit) -> Facts:
+    """The settings of a plain training, of whatever kind the training is."""
+    names = [field.name for field in dataclasses.fields(Fit)]
+    return {name: value for name, value in dataclasses.asdict(fit).items() if name in names}
 
 
 def _prepare(folder: Path, recipe: Recipe) -> None:
