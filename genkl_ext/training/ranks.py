@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,20 +85,19 @@ class Ranks:
         return json.loads(text)
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the processes, number by number; the same bits everywhere, whatever the order.
+        """Sums over the processes, number by number, in float64; the same bits on all of them.
 
         Raises:
             ConnectionError: another process has ended.
         """
         mine = torch.tensor([*numbers, 0.0], dtype=torch.float64)  # torch gathers nothing empty
-        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        everyones = [mine]
         if self.size > 1:
+            everyones = [torch.empty_like(mine) for _ in range(self.size)]
             with _company(self):
                 dist.all_gather(everyones, mine, group=self._group)
-        else:
-            everyones = [mine]
-        columns = zip(*(one.tolist() for one in everyones), strict=True)
-        return [math.fsum(column) for column in columns][:-1]
+        sums: list[float] = torch.stack(everyones).sum(dim=0).tolist()
+        return sums[:-1]
 
     def device(self, engine: Engine) -> torch.device:
         """Where this process computes: the CPU, or the GPU of its own number.

