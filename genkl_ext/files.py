@@ -15,12 +15,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST_STEM = 64  # bytes; leaves a temporary name room for its own parts below the usual 255
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.partial(\..*)?", re.DOTALL)
 _TRIES = 100  # to lock a file that others keep removing
 
 
@@ -93,6 +95,16 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     file is not touched.
     """
     _create_beside(_target(path)).unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_write` in a folder and those below.
+
+    Only for a folder in which nobody else is at work.
+    """
+    for path in folder.rglob(".*.partial*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 @contextmanager

@@ -127,5 +127,7 @@ def _indent(text: str) -> str:
 def _readable(message: str) -> str:
     """jsonargparse's message on one line, with the option's name as it was typed."""
     line = " ".join(message.split())
+    if re.search(r"unrecognized arguments: [\w.]+=", line, re.IGNORECASE):
+        line += "; settings come before the options"
     line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
     return re.sub(r'^Parser key "(\w+)": ', lambda m: "--" + m[1].replace("_", "-") + ": ", line)

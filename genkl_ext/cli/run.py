@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def run(
     recipe: list[str] = [],  # noqa: B006 (never changed)
     *,
     out: Path = Path("runs/run"),
-    data_root: Path | None = None,
+    data_root: str | None = None,
     dry_run: bool = False,
     list_recipes: bool = False,
 ) -> int:
@@ -25,7 +26,8 @@ def run(
     processes.
 
     Args:
-        recipe: name of a recipe or a YAML file, then settings to replace, as training.epochs=5
+        recipe: name of a recipe or a YAML file, then settings to replace, as training.epochs=5;
+            before the options
         out: folder of the run
         data_root: the data set: a folder, table or manifest; the recipe's data.root
         dry_run: print what would be done, and an estimate of time and disk; write nothing
@@ -33,7 +35,7 @@ def run(
 
     Example:
         genkl run clothing1m --data-root /data/clothing1m --out runs/clothing1m
-        genkl run folder --data-root photos/ -o runs/photos training.epochs=10 network.name=resnet18
+        genkl run folder training.epochs=10 network.name=resnet18 --data-root photos/ -o runs/photos
         torchrun --nproc-per-node 8 -m genkl_ext.cli.main run clothing1m --data-root /data/c1m
     """
     from ..training import recipe as recipes
@@ -64,11 +66,12 @@ def run(
         from ..training import plan
         from ..training.ranks import join
 
-        more = [] if data_root is None else [f"data.root={data_root}"]
+        more = [] if data_root is None else [f"data.root={json.dumps(data_root)}"]
         settings = recipes.load(name, [*more, *overrides])
         ranks = join(settings.engine)
-        cost = plan.measure(settings, summary.classes, ranks)
-        print("\n".join(plan.describe(settings, summary, cost, ranks)))
+        if ranks.first:
+            cost = plan.measure(settings, summary.classes, ranks)
+            print("\n".join(plan.describe(settings, summary, cost, ranks)))
         return 0
     show(summary)
     return 0

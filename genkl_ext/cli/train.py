@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ def train(
     recipe: str,
     overrides: list[str] = [],  # noqa: B006 (never changed)
     *,
-    data_root: Path,
+    data_root: str,
     out: Path,
     targets: Path | None = None,
     split: Literal["clean", "train"] = "clean",
@@ -53,25 +54,33 @@ def train(
             members = job.recipe.members
             if weights is not None:
                 raise ValueError("train: weights must be left out without targets")
-            return stages.fit_labels(job, job.rows(split), members, out, seed)
+            frozen = job.recipe.compatibility.members_eval_mode
+            return stages.fit_labels(
+                job, job.rows(split), members, out, seed, eval_mode_after_first_epoch=frozen
+            )
         return stages.train(job, targets, out, seed, start=weights, members=predictions)
 
     inputs = [path for path in (targets, weights, *predictions) if path is not None]
-    _stage("train", recipe, overrides, data_root, ledger, out, inputs, [seed, split], work)
+    asked = [seed, None if targets else split]
+    _stage("train", recipe, overrides, data_root, ledger, out, inputs, asked, work)
 
 
 def finetune(
     recipe: str,
     overrides: list[str] = [],  # noqa: B006 (never changed)
     *,
-    data_root: Path,
+    data_root: str,
     weights: Path,
     out: Path,
     predictions: Path | None = None,
+    nc_list: Path | None = None,
     ledger: Path | None = None,
     seed: int = 0,
 ) -> None:
     """Go on with cross-entropy on the clean images, from trained weights.
+
+    The weights of the best epoch are kept, whether or not they beat those of the training
+    (finetune.beat_training is for genkl run, which knows both).
 
     Args:
         recipe: name of a recipe, or a YAML file
@@ -80,6 +89,7 @@ def finetune(
         weights: of the training, as best.safetensors
         out: folder for best.safetensors, last.ckpt and metrics.csv
         predictions: of these weights for the noisy images; needed for finetune.clean=dynamic
+        nc_list: keys of the NC images (nc_set.txt); needed for finetune.without_nc=true with it
         ledger: what genkl scan wrote: these images are left out
         seed: of the order of the images
 
@@ -87,6 +97,7 @@ def finetune(
         genkl finetune clothing1m --data-root /data/clothing1m --weights trial-0/best.safetensors \
 -o tuned-0
     """
+    from ..data.published import read_row_list
     from ..training import stages
 
     def work(job: Job) -> Any:
@@ -95,11 +106,17 @@ def finetune(
         if tuning.clean == "dynamic":
             if predictions is None:
                 raise ValueError("finetune: predictions must be given for finetune.clean=dynamic")
-            clean = stages.believed(job.manifest, predictions, tuning.clean_threshold, None)
+            if tuning.without_nc and nc_list is None:
+                raise ValueError(
+                    "finetune: nc_list must be given, or finetune.without_nc=false to take NC "
+                    "images, too"
+                )
+            nc = read_row_list(nc_list, job.manifest) if nc_list and tuning.without_nc else None
+            clean = stages.believed(job.manifest, predictions, tuning.clean_threshold, nc)
             clean = clean[~job.unusable[clean]]
         return stages.finetune(job, weights, clean, out, seed, None)
 
-    inputs = [weights, *([] if predictions is None else [predictions])]
+    inputs = [path for path in (weights, predictions, nc_list) if path is not None]
     _stage("finetune", recipe, overrides, data_root, ledger, out, inputs, [seed], work)
 
 
@@ -107,7 +124,7 @@ def _stage(
     name: str,
     recipe: str,
     overrides: list[str],
-    data_root: Path,
+    data_root: str,
     ledger: Path | None,
     out: Path,
     inputs: list[Path],
@@ -116,46 +133,49 @@ def _stage(
 ) -> None:
     """Run one stage in its own folder, with its own records."""
     import dataclasses
+    from contextlib import ExitStack
 
     import numpy as np
 
     from ..data import Ledger
+    from ..files import exclusive
     from ..training import recipe as recipes
-    from ..training.loop import read_manifest
+    from ..training.loop import depends_on, pretrained_files, read_manifest
     from ..training.ranks import join
     from ..training.records import Records, Stage
     from ..training.stages import Job
 
-    settings = recipes.load(recipe, [f"data.root={data_root}", *overrides])
+    settings = recipes.load(recipe, [f"data.root={json.dumps(data_root)}", *overrides])
+    recipes.check(settings)
     manifest = read_manifest(settings.data)
-    recipes.check_against(settings, manifest)
     ranks = join(settings.engine)
     unusable = np.zeros(len(manifest), bool)
     if ledger is not None:
         unusable[Ledger.load(ledger).rows_in(manifest)] = True
-        inputs = [*inputs, ledger]
     for path in inputs:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-    out.mkdir(parents=True, exist_ok=True)
     log = say if ranks.first else lambda line: None
     bars = Bars()
     job = Job(settings, manifest, unusable, ranks, log, bars.begin)
-    parts = ("network", "training", "members", "finetune", "compatibility")
+    parts = ("training", "members", "finetune", "compatibility")
     stage = Stage(
         name,
         {
-            "manifest": manifest.fingerprint,
+            **depends_on(job, "train"),
             "asked": asked,
-            "data": dataclasses.asdict(settings.data),
             **{part: dataclasses.asdict(getattr(settings, part)) for part in parts},
-            "precision": settings.engine.precision,
         },
-        inputs,
-        [out / "metrics.csv"],
-        [out / "last.ckpt", out / "best.safetensors"],
+        [*inputs, *pretrained_files(settings)],
+        [out / "metrics.csv", out / "best.safetensors"],
+        [out / "last.ckpt"],
     )
-    facts = Records(out, ranks, log).do(stage, lambda: work(job))
+    with ExitStack() as stack:
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(out / ".lock"))
+        ranks.barrier()
+        facts = Records(out, ranks, log).do(stage, lambda: work(job))
     bars.close()
     if ranks.first:
         accuracy = facts.get("best_accuracy")

@@ -89,7 +89,7 @@ def judge(out: Path, summary: Summary) -> Results:
         scores = pq.read_table(place / "scores.parquet")
         critical.append(np.asarray(scores["critical_alpha"]))
         entropy, validation = (
-            normalised_entropy([np.load(path) for path in sorted((place / name).glob("*.npy"))])
+            normalised_entropy([np.load(place / name / f"{trial['seed']}.npy") for trial in trials])
             for name in ("predictions", "validation")
         )
         limit = float(np.quantile(validation, 0.95, method="higher"))

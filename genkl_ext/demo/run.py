@@ -69,13 +69,18 @@ def _write_data(out: Path, wanted: dict[str, object]) -> None:
             raise ValueError(
                 f"demo: out must be a new or empty folder, or one that genkl demo made, got {out}"
             )
-    elif mark.is_file() and (out / "data").is_dir() and json.loads(mark.read_text()) == wanted:
+    elif mark.is_file() and json.loads(mark.read_text()) == {**wanted, "complete": True}:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"demo: cannot make the folder {out}: {error.strerror}") from error
-    with atomic_write(mark) as temporary:
-        temporary.write_text(json.dumps(wanted) + "\n")
+    _write_mark(mark, {**wanted, "complete": False})
     shutil.rmtree(out / "data", ignore_errors=True)
     digits.write(out / "data", int(str(wanted["seed"])), wanted["flips"])  # type: ignore[arg-type]
+    _write_mark(mark, {**wanted, "complete": True})
+
+
+def _write_mark(mark: Path, content: dict[str, object]) -> None:
+    with atomic_write(mark) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")

@@ -127,7 +127,11 @@ def score_files(
                 "rule": {f.name: _plain(getattr(rule, f.name)) for f in dataclasses.fields(rule)},
                 "logits": logits,
                 "validate": validate,
-                "inputs": [dataclasses.asdict(fingerprint) for fingerprint in fingerprints],
+                # Not when they were modified: predictions made again give the same table.
+                "inputs": [
+                    {k: v for k, v in dataclasses.asdict(f).items() if k != "modified"}
+                    for f in fingerprints
+                ],
                 "keys": None if key_list is None else key_list.fingerprint(),
                 "leave_out": None if leave_out is None else _mask_fingerprint(leave_out),
             }

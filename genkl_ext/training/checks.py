@@ -167,6 +167,11 @@ def _check_members(recipe: Recipe) -> None:
             bool(picked) and not strangers,
             f"members.pick of trial {trial} must be {by} {known}, got {picked}",
         )
+        _require(
+            trial in recipe.loop.seeds,
+            f"members.pick names trial {trial}, and loop.seeds are {recipe.loop.seeds}; "
+            "leave it out, or members.pick={} to use all members",
+        )
         _warn_of_repeats(f"members.pick of trial {trial}", picked)
     _warn_of_repeats("members", files)
 
@@ -183,6 +188,11 @@ def _check_rule(rule: Rule, num_classes: int | None) -> None:
 
 def _check_relabel(recipe: Recipe) -> None:
     relabel = recipe.relabel
+    _require(
+        relabel.double_hot or not recipe.compatibility.ratio_broadcast,
+        "relabel.double_hot=false with compatibility.ratio_broadcast=true leaves targets that are "
+        "the same for every class; switch one of them off",
+    )
     _require(
         not (relabel.ratio_file is not None and relabel.ratio_splits),
         "relabel.ratio_file and relabel.ratio_splits both say where the class ratio is from; "

@@ -29,10 +29,11 @@ import dataclasses
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -42,9 +43,10 @@ from .. import __version__
 from ..data import Ledger, Manifest, layouts
 from ..data.published import read_row_list
 from ..data.scan import scan
-from ..files import atomic_write, exclusive
+from ..files import atomic_write, exclusive, remove_leftovers
+from ..scoring.npy import open_all
+from . import networks, stages
 from . import recipe as recipes
-from . import stages
 from .ranks import Ranks, join
 from .records import Facts, Planned, Records, Say, Stage
 from .settings import Data, Fit, Recipe
@@ -115,8 +117,9 @@ def run(
     with ExitStack() as stack:
         if not dry_run:
             if ranks.first:
-                _prepare(folder, settings)
+                _prepare(folder)
                 stack.enter_context(exclusive(folder / ".lock"))
+                remove_leftovers(folder)
             ranks.barrier()
         return _Run(settings, folder, ranks, quiet, progress or _no_progress, dry_run).all()
 
@@ -144,14 +147,12 @@ class _Run:
         self.keys = folder / "keys.txt"
 
     def all(self) -> Summary:
-        manifest = self.read_data()
-        recipes.check_against(self.recipe, manifest)
+        manifest = self.manifest = self.read_data()
+        self.noisy = manifest.rows("train")
         for problem in manifest.problems:
             self.say(f"data: {problem}")
         unusable = self.scan(manifest)
         self.job = Job(self.recipe, manifest, unusable, self.ranks, self.say, self.progress)
-        self.manifest = manifest
-        self.noisy = manifest.rows("train")
 
         loop = self.recipe.loop
         baselines = self.baselines()
@@ -204,20 +205,52 @@ class _Run:
     # Data
 
     def read_data(self) -> Manifest:
-        """The manifest; the first process reads the data set, the others what it saved."""
+        """The manifest; the first process reads the data set, the others what it saved.
+
+        Before anything is written, what cannot work is refused.
+        """
         path = self.folder / "manifest.parquet"
-        if self.dry:
-            return read_manifest(self.recipe.data)
         if self.ranks.first:
             manifest = read_manifest(self.recipe.data)
-            # The same bytes are not written again: stages look at them.
-            if not path.exists() or Manifest.load(path).fingerprint != manifest.fingerprint:
+            recipes.check_against(self.recipe, manifest)
+            self.check_given(manifest)
+            if not self.dry:
+                _write(self.folder / "recipe.yaml", recipes.to_yaml(self.recipe))
+                keys = manifest.split("train").table["key"].to_pylist()
+                _write(self.keys, "".join(f"{key}\n" for key in keys))
                 manifest.save(path)
-                lines = [f"{key}\n" for key in manifest.split("train").table["key"].to_pylist()]
-                with atomic_write(self.keys) as temporary:
-                    temporary.write_text("".join(lines), encoding="utf-8", newline="")
+        if self.dry:
+            return manifest if self.ranks.first else read_manifest(self.recipe.data)
         self.ranks.barrier()
         return manifest if self.ranks.first else Manifest.load(path)
+
+    def check_given(self, manifest: Manifest) -> None:
+        """Build the network, and look at the files that are given, before hours are spent.
+
+        Raises:
+            ValueError, OSError: one does not fit.
+        """
+        recipe, k = self.recipe, manifest.num_classes
+        network = networks.build(recipe.network, k, 0)
+        for path in recipe.members.weights:
+            networks.load_into(network, path)
+        wanted = (len(manifest.rows("train")), k)
+        average = recipe.members.average
+        with ExitStack() as stack:
+            files = [*recipe.members.predictions, *([] if average is None else [average])]
+            for file in open_all(files, stack):
+                if file.shape != wanted:
+                    raise ValueError(
+                        f"run: {file.path} must have a row for each noisy image and a column for "
+                        f"each class, {wanted}, got {file.shape}"
+                    )
+        for name in ("members", "training", "finetune"):
+            size = getattr(recipe, name).batch_size
+            if size % self.ranks.size:
+                raise ValueError(
+                    f"run: {name}.batch_size must be a multiple of the {self.ranks.size} "
+                    f"processes, got {size}"
+                )
 
     def scan(self, manifest: Manifest) -> NDArray[np.bool_]:
         """Which rows of the manifest have an image that cannot be used, as far as is known."""
@@ -287,13 +320,16 @@ class _Run:
     def folds(self, seed: int) -> list[NDArray[np.int64]]:
         """Rows of the manifest, the noisy ones dealt into folds with like shares of each label.
 
-        Rows without label are predicted with the first fold, and trained on with none.
+        Rows without label are dealt, too: they are predicted, and not trained on.
         """
         from sklearn.model_selection import StratifiedKFold
 
         labels = self.manifest.labels[self.noisy]
         dealer = StratifiedKFold(self.recipe.members.folds, shuffle=True, random_state=seed)
-        folds = [rows for _, rows in dealer.split(labels, labels)]
+        with warnings.catch_warnings():
+            # A class of fewer images than folds is missing in some; that is no harm.
+            warnings.simplefilter("ignore", UserWarning)
+            folds = [rows for _, rows in dealer.split(labels, labels)]
         return [self.noisy[rows] for rows in folds]
 
     def fit_labels(
@@ -304,7 +340,7 @@ class _Run:
         is_member = "/members/" in name
         frozen = is_member and self.recipe.compatibility.members_eval_mode
         settings = {
-            **self.depends_on("train"),
+            **depends_on(self.job, "train"),
             "seed": seed,
             "rows": _digest(rows),
             "fit": _plain_settings(fit),
@@ -323,7 +359,7 @@ class _Run:
         self, name: str, settings: Facts, out: Path, fit: Fit, images: int, **more: Any
     ) -> Stage:
         """The stage of a training."""
-        inputs = [*self.looked_at(), *more.pop("inputs", [])]
+        inputs = [*pretrained_files(self.recipe), *more.pop("inputs", [])]
         return Stage(
             name,
             settings,
@@ -402,8 +438,8 @@ class _Run:
     def predict_rows(self, name: str, weights: Path, rows: NDArray[np.int64], out: Path) -> None:
         stage = Stage(
             name,
-            {**self.depends_on("eval"), "rows": _digest(rows), "batch": self.batch_size()},
-            [weights, *self.looked_at()],
+            {**depends_on(self.job, "eval"), "rows": _digest(rows), "batch": self.batch_size()},
+            [weights, *pretrained_files(self.recipe)],
             [out],
             images=len(rows),
             bytes=len(rows) * self.manifest.num_classes * _FLOAT,
@@ -451,6 +487,7 @@ class _Run:
                 "manifest": self.manifest.fingerprint,
                 "relabel": dataclasses.asdict(relabelling),
                 "ratio_broadcast": broadcast,
+                "nc_list": given_list,
             },
             [out, *lists],
             [targets],
@@ -466,6 +503,8 @@ class _Run:
                 ratio_broadcast=broadcast,
             ),
         )
+        if given_list is not None and relabelled:
+            scored = {**scored, "nc": relabelled["uniform"], "nc_list": given_list}
         return {**scored, "targets": relabelled}
 
     def validation(self, t: int, member: int) -> Path:
@@ -500,7 +539,7 @@ class _Run:
         averaged = compatibility.nc_target == "averaged"
         start = self.first_member(seed) if training.start == "member" else None
         settings = {
-            **self.depends_on("train"),
+            **depends_on(self.job, "train"),
             "seed": seed,
             "fit": dataclasses.asdict(training),
             "compatibility": {
@@ -513,7 +552,7 @@ class _Run:
         if training.clean == "joint":
             images += len(self.job.rows("clean"))
         trained = self.records.do(
-            self.fitting(f"{name}/train", settings, out, training, len(self.noisy), inputs=inputs),
+            self.fitting(f"{name}/train", settings, out, training, images, inputs=inputs),
             lambda: stages.train(self.job, targets, out, seed, start=start, members=members),
         )
         weights = out / "best.safetensors"
@@ -561,14 +600,14 @@ class _Run:
             if softmax is not None:
                 clean = stages.believed(self.manifest, softmax, tuning.clean_threshold, nc)
                 clean = clean[~self.job.unusable[clean]]
-            if not len(clean):
-                self.say(f"{name}: the network believes no given label; there is nothing to do")
-                return {"clean_images": 0, "improved": False, "best_accuracy": None}
+            if len(clean) < max(2, self.ranks.size):
+                self.say(f"{name}: {len(clean)} clean images are too few; the training is kept")
+                return {"clean_images": len(clean), "improved": False, "best_accuracy": None}
             tuned = stages.finetune(self.job, weights, clean, out, seed, best)
             return {"clean_images": len(clean), **tuned}
 
         settings = {
-            **self.depends_on("train"),
+            **depends_on(self.job, "train"),
             "seed": seed,
             "fit": dataclasses.asdict(tuning),
             "lr_zero": self.recipe.compatibility.finetune_lr_zero,
@@ -590,7 +629,8 @@ class _Run:
         self.predict_rows(f"{name}/test", weights, rows, softmax)
         if self.dry:
             return None
-        return stages.evaluate(self.manifest, "test", softmax)
+        tested = stages.evaluate(self.manifest, "test", softmax)
+        return tested if tested["images"] else None
 
     def summarise(
         self,
@@ -624,40 +664,40 @@ class _Run:
         """A stage whose work one process does."""
         return self.records.do(stage, lambda: work() if self.ranks.first else {})
 
-    def depends_on(self, transforms: str) -> Facts:
-        """The settings that the result of a network depends on."""
-        data, engine = self.recipe.data, self.recipe.engine
-        network = dataclasses.asdict(self.recipe.network)
-        facts = {
-            "manifest": self.manifest.fingerprint,
-            "root": self.manifest.root,
-            "network": {name: network[name] for name in ("name", "pretrained", "options")},
-            "transforms": dataclasses.asdict(getattr(data, transforms)),
-            "fast": data.fast,
-            "precision": engine.precision,
-        }
-        if transforms == "train":
-            names = ("accumulate", "clip", "ema")
-            facts["engine"] = {name: getattr(engine, name) for name in names}
-            facts["last_batch_validation_loss"] = (
-                self.recipe.compatibility.last_batch_validation_loss
-            )
-            facts["validation"] = dataclasses.asdict(data.eval)
-        return facts
-
-    def looked_at(self) -> list[Path]:
-        """Files that every network depends on."""
-        files = [self.ledger] if self.recipe.data.scan else []
-        pretrained = self.recipe.network.pretrained
-        if pretrained is not None and Path(pretrained).is_file():
-            files.append(Path(pretrained))
-        return files
-
     def batch_size(self) -> list[Any]:
         return [
             self.recipe.engine.predict_batch_size,
             self.recipe.compatibility.float16_predictions,
         ]
+
+
+def depends_on(job: Job, transforms: Literal["train", "eval"]) -> Facts:
+    """The settings that whatever a network makes depends on.
+
+    Not where the data set is: it may move.
+    """
+    recipe = job.recipe
+    network = dataclasses.asdict(recipe.network)
+    facts = {
+        "manifest": job.manifest.fingerprint,
+        "unusable": _digest(np.flatnonzero(job.unusable)),
+        "network": {name: network[name] for name in ("name", "pretrained", "options")},
+        "transforms": dataclasses.asdict(getattr(recipe.data, transforms)),
+        "fast": recipe.data.fast,
+        "precision": recipe.engine.precision,
+    }
+    if transforms == "train":
+        facts["validation"] = dataclasses.asdict(recipe.data.eval)
+        for name in ("accumulate", "clip", "ema"):
+            facts[name] = getattr(recipe.engine, name)
+        facts["last_batch_validation_loss"] = recipe.compatibility.last_batch_validation_loss
+    return facts
+
+
+def pretrained_files(recipe: Recipe) -> list[Path]:
+    """The file of weights that every network starts from, if there is one."""
+    given = recipe.network.pretrained
+    return [Path(given)] if given is not None and Path(given).is_file() else []
 
 
 def read_manifest(data: Data) -> Manifest:
@@ -742,14 +782,13 @@ def _plain_settings(fit: Fit) -> Facts:
     return {name: value for name, value in dataclasses.asdict(fit).items() if name in names}
 
 
-def _prepare(folder: Path, recipe: Recipe) -> None:
-    """Make the run's folder and write its recipe.
+def _prepare(folder: Path) -> None:
+    """Make the run's folder.
 
     Raises:
-        ValueError: it holds something else. OSError: it cannot be written.
+        ValueError: it holds something else. OSError: it cannot be made.
     """
-    path = folder / "recipe.yaml"
-    if folder.is_dir() and not path.exists():
+    if folder.is_dir() and not (folder / "recipe.yaml").exists():
         strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
         if strangers:
             raise ValueError(
@@ -760,13 +799,19 @@ def _prepare(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"run: cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text file, unless it has this text."""
+    content = text.encode()
+    if path.is_file() and path.read_bytes() == content:
+        return
     with atomic_write(path) as temporary:
-        temporary.write_text(recipes.to_yaml(recipe), encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _no_progress(what: str) -> Any:

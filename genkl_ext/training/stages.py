@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -38,7 +39,7 @@ from . import predict as predictions
 from .batches import Batches, grouped, labelled
 from .ranks import Ranks
 from .records import Facts, Say
-from .settings import Compatibility, Finetune, Fit, Recipe, Relabel
+from .settings import Compatibility, Data, Finetune, Fit, Recipe, Relabel
 from .steps import GenKLStep, PlainStep
 
 if TYPE_CHECKING:
@@ -85,21 +86,33 @@ class Job:
             networks.load_into(built, weights)
         return built
 
-    def validation(self) -> Loader | None:
-        """The validation images, if the data set has any; shared by all ranks."""
+    @property
+    def data(self) -> Data:
+        """How images are read by this process: with its share of the processors."""
+        threads = self.recipe.data.threads or self.ranks.processors
+        return dataclasses.replace(self.recipe.data, threads=threads)
+
+    def validation(self, batch_size: int) -> Loader | None:
+        """The validation images, if the data set has any; shared by all ranks.
+
+        Args:
+            batch_size: of the training; with trap N3 the size of the last batch counts.
+        """
         rows = self.rows("val")
         if not len(rows):
             return None
-        data, engine_ = self.recipe.data, self.recipe.engine
-        size = max(1, min(engine_.predict_batch_size, len(rows) // self.ranks.size))
+        data, ranks = self.data, self.ranks
+        most = self.recipe.engine.predict_batch_size
+        if self.recipe.compatibility.last_batch_validation_loss:
+            most = batch_size
         return make_loader(
             self.manifest.select(rows),
             None,
             data.eval,
-            size,
+            min(most, -(-len(rows) // ranks.size)),  # no rank may be left without an image
             device=self.loader_device,
-            shard=(self.ranks.rank, self.ranks.size),
-            on_error="skip" if data.on_error == "skip" else "raise",
+            shard=(ranks.rank, ranks.size),
+            on_error=data.on_error,
             threads=data.threads,
             channels_last=self.recipe.network.channels_last,
             fast=data.fast,
@@ -123,7 +136,7 @@ def fit_labels(
     batches = labelled(
         job.manifest,
         rows,
-        job.recipe.data,
+        job.data,
         fit.batch_size,
         seed,
         device=job.loader_device,
@@ -149,7 +162,7 @@ def predict(job: Job, weights: Path, rows: Rows, out: Path) -> Facts:
         job.network(0, weights),
         job.manifest.select(rows),
         out,
-        data=job.recipe.data,
+        data=job.data,
         engine=job.recipe.engine,
         ranks=job.ranks,
         unusable=job.unusable[rows],
@@ -184,10 +197,14 @@ def calibrate(rule: GenKL, validation: Sequence[Path], share: float) -> GenKL:
 
     Args:
         rule: its alpha does not matter.
-        validation: (V, k) files of the members.
+        validation: (V, k) files of the members; rows of NaN are of images that cannot be used.
         share: of the validation images that the rule may flag.
     """
-    critical = np.asarray(rule.score([np.load(path) for path in validation]).critical_alpha)
+    made = [np.load(path) for path in validation]
+    usable = np.logical_and.reduce([~np.isnan(q).all(axis=1) for q in made])
+    if not usable.any():
+        raise ValueError("calibrate: validation must have an image that can be used, got none")
+    critical = np.asarray(rule.score([q[usable] for q in made]).critical_alpha)
     reached = np.quantile(critical, 1 - share, method="higher")
     # Rounded to float32 it may lie above the exact value, which decides.
     alpha = float(np.nextafter(reached, np.float32(0)))
@@ -243,12 +260,21 @@ def relabel(
         ValueError: the scores are of another number of images; a class without an image.
     """
     noisy = manifest.split("train")
-    table = pq.read_table(scores, columns=["critical_alpha", "nc", "top_class", "top_prob"])
-    if len(table) != len(noisy):
+    rule = read_settings(scores)["rule"]
+    table = pq.read_table(scores)
+    if len(table) != len(noisy) or rule["num_classes"] != manifest.num_classes:
         raise ValueError(
-            f"relabel: {scores} must have a row for each of {len(noisy)} noisy images, "
-            f"got {len(table)}"
+            f"relabel: {scores} must have a row for each of {len(noisy)} noisy images and be of "
+            f"{manifest.num_classes} classes, got {len(table)} of {rule['num_classes']}"
         )
+    if "key" in table.column_names:
+        other = pc.not_equal(table["key"], noisy.table["key"])
+        row = pc.index(other, True).as_py()
+        if row >= 0:
+            raise ValueError(
+                f"relabel: {scores} must have the noisy images in the manifest's order, got "
+                f"{table['key'][row].as_py()!r} for {noisy.keys([row])[0]!r} in row {row}"
+            )
     if settings.ratio_file is not None:
         ratio = read_class_ratio(settings.ratio_file)
         if len(ratio) != manifest.num_classes:
@@ -284,7 +310,7 @@ def relabel(
         "ratio": ratio.tolist(),
         "ratio_broadcast": ratio_broadcast,
         "relabel": dataclasses.asdict(settings),
-        "rule": read_settings(scores)["rule"],
+        "rule": rule,
     }
     schema = TARGETS.with_metadata({TARGETS_KEY: json.dumps(about).encode()})
     with atomic_write(out) as temporary:
@@ -350,7 +376,7 @@ def train(
         table,
         used,
         job.rows("clean"),
-        recipe.data,
+        job.data,
         recipe.training,
         seed,
         compatibility=compatibility,
@@ -378,7 +404,7 @@ def finetune(
     batches = labelled(
         job.manifest,
         clean,
-        job.recipe.data,
+        job.data,
         settings.batch_size,
         seed,
         device=job.loader_device,
@@ -402,10 +428,19 @@ def believed(
     manifest: Manifest, softmax: Path, threshold: float, nc: NDArray[np.bool_] | None
 ) -> Rows:
     """Rows of the manifest: the noisy images whose softmax at the given label is at least the
-    threshold, less those of ``nc`` ((N,) or None)."""
+    threshold, less those of ``nc`` ((N,) or None).
+
+    Raises:
+        ValueError: the softmax is not of these images.
+    """
     rows = manifest.rows("train")
     labels = manifest.labels[rows]
     q = np.load(softmax, mmap_mode="r")
+    if q.shape != (len(rows), manifest.num_classes):
+        raise ValueError(
+            f"believed: {softmax} must have a row for each noisy image and a column for each "
+            f"class, {(len(rows), manifest.num_classes)}, got {q.shape}"
+        )
     labelled_rows = np.flatnonzero(labels >= 0)
     belief = np.full(len(rows), -1.0)
     belief[labelled_rows] = q[labelled_rows, labels[labelled_rows]]
@@ -429,7 +464,7 @@ def _fit(
     seed: int,
     **options: Any,
 ) -> Facts:
-    validation = job.validation()
+    validation = job.validation(fit.batch_size)
     compatibility: Compatibility = job.recipe.compatibility
     try:
         fitted = engine.fit(

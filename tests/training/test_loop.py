@@ -68,11 +68,14 @@ class Case:
             **more,
         )
 
+    def log_of_work(self) -> list[str]:
+        """What the lines of the last run begin with, those of stages done before apart."""
+        return [line.split(":")[0] for line in self.lines if not line.endswith(": done before")]
+
     def done_again(self) -> list[str]:
         """Stages that the last run did, in order."""
-        names = [line.split(":")[0] for line in self.lines if not line.endswith(": done before")]
         known = json.loads((self.folder / "run/records.json").read_text())
-        return [name for name in names if name in known]
+        return [name for name in self.log_of_work() if name in known]
 
 
 @pytest.fixture(scope="module", params=["clothing1m", "food101n", "webvision", "folder"])
@@ -204,6 +207,64 @@ def test_a_changed_setting_runs_again_what_depends_on_it(clothing: Case) -> None
     assert "iteration-1/trial-1/train" in again
 
 
+def test_fewer_seeds_run_again_what_depends_on_them(clothing: Case) -> None:
+    clothing.run()
+    clothing.run("members.seeds=[0]", "loop.seeds=[1]")
+    again = clothing.done_again()
+    assert again[0] == "iteration-0/score"
+    assert "iteration-1/score" in again
+    place = clothing.folder / "run/iteration-1"
+    recipe = loop.recipes.load(clothing.folder / "run/recipe.yaml")
+    expected = recipe.rule.of(K, 0).score(np.load(place / "predictions/1.npy"))
+    found = columns(place / "scores.parquet")["critical_alpha"]
+    np.testing.assert_array_equal(found, expected.critical_alpha)
+
+
+def test_a_moved_data_set_is_no_change(clothing: Case) -> None:
+    first = clothing.run("loop.iterations=1")
+    clothing.data = clothing.data.rename(clothing.folder / "moved")
+    again = clothing.run("loop.iterations=1")
+    assert clothing.done_again() == ["scan"]  # the files are looked at once more
+    assert again.iterations == first.iterations
+    assert Manifest.load(clothing.folder / "run/manifest.parquet").root == str(clothing.data)
+
+
+def test_leftovers_of_killed_processes_are_removed(clothing: Case) -> None:
+    out = clothing.folder / "run"
+    clothing.run("loop.iterations=0")
+    left = [out / ".scores.0123456789ab.partial.parquet", out / "a/.x.0123456789ab.partial"]
+    mine = out / ".notes.partial.txt"
+    for path in (*left, mine):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    clothing.run("loop.iterations=0")
+    assert not any(path.exists() for path in left)
+    assert mine.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("network.name=resnet19", "resnet18"),
+        ("members.predictions=[DATA/short.npy]", r"must have a row for each noisy image.*\(3, 5\)"),
+        ("members.weights=[DATA/short.npy]", "checkpoint"),
+    ],
+)
+def test_what_is_given_is_looked_at_first(clothing: Case, setting: str, message: str) -> None:
+    np.save(clothing.data / "short.npy", np.full((3, K), 0.2, np.float32))
+    with pytest.raises(ValueError, match=message):
+        clothing.run(setting.replace("DATA", str(clothing.data)))
+    assert [p.name for p in (clothing.folder / "run").iterdir()] == []
+
+
+def test_a_broken_validation_image_does_not_stop_the_choice_of_alpha(clothing: Case) -> None:
+    manifest = Manifest.from_clothing1m(clothing.data)
+    Path(manifest.path(manifest.rows("val")[1])).write_bytes(b"no image")
+    with pytest.warns(UserWarning):
+        summary = clothing.run("data.scan=false", "rule.alpha=null", "loop.iterations=1")
+    assert summary.iterations[0]["nonconforming"][0]["alpha"] > 0
+
+
 def test_more_iterations_go_on(clothing: Case) -> None:
     first = clothing.run("loop.iterations=1")
     second = clothing.run("loop.iterations=2")
@@ -238,6 +299,10 @@ def test_given_predictions_average_weights_and_lists(clothing: Case) -> None:
     kinds = columns(clothing.folder / "listed/iteration-0/targets.parquet")["target"]
     assert np.flatnonzero(kinds == "uniform").tolist() == [3, 5]
     assert len(whole.iterations) == 1
+    clothing.run("loop.iterations=1", given, out="listed")
+    assert "iteration-0/relabel" in clothing.log_of_work()
+    kinds = columns(clothing.folder / "listed/iteration-0/targets.parquet")["target"]
+    assert np.flatnonzero(kinds == "uniform").tolist() == np.flatnonzero(expected["nc"]).tolist()
 
 
 def test_trials_with_members_and_vectors_of_their_own(clothing: Case) -> None:

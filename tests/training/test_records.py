@@ -156,14 +156,58 @@ def test_a_file_that_is_no_record(run: Run, text: str) -> None:
         run.go(x=1)
 
 
-def test_large_files_are_looked_at_in_samples(tmp_path: Path) -> None:
-    """Size, first and last bytes count; an untouched file is not read."""
+@pytest.mark.parametrize(
+    ("first", "second"), [("012", "01"), ("01", "012"), ("01", "10"), ("0122", "012"), ("0", "")]
+)
+def test_fewer_repeated_or_reordered_inputs_are_a_change(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    for name in "012":
+        (tmp_path / name).write_text(name)
+    lines: list[str] = []
+
+    def result(names: str) -> object:
+        records = Records(tmp_path, Ranks(0, 1, 0), lines.append)
+        return records.do(Stage("a", {}, [tmp_path / n for n in names]), lambda: {"made": names})
+
+    assert result(first) == {"made": first}
+    assert result(second) == {"made": second}
+    assert result(second) == {"made": second}
+    assert lines[-1] == "a: done before"
+
+
+def test_an_output_that_may_be_missing(tmp_path: Path) -> None:
+    """It is looked for only where it was left."""
+    out = tmp_path / "out"
+    lines: list[str] = []
+    write = [False]
+
+    def work() -> dict[str, int]:
+        if write[0]:
+            out.write_text("made")
+        return {}
+
+    def go() -> str:
+        Records(tmp_path, Ranks(0, 1, 0), lines.append).do(Stage("a", {}, [], [out]), work)
+        return lines[-1]
+
+    go()
+    assert go() == "a: done before"
+    write[0] = True
+    out.write_text("from somewhere else")
+    assert go() == "a: again, out is not as it was left"
+    assert go() == "a: done before"
+    out.unlink()
+    assert go() == "a: again, out is missing"
+
+
+def test_one_byte_in_a_large_file_counts(tmp_path: Path) -> None:
     run = Run(tmp_path)
     big = tmp_path / "in.txt"
-    big.write_bytes(bytes(8 << 20))
+    big.write_bytes(bytes(9 << 20))
+    run.go(x=1)
     with big.open("r+b") as file:
-        run.go(x=1)
-        file.seek(-1, os.SEEK_END)
+        file.seek(5 << 20)
         file.write(b"!")
     run.go(x=1)
     assert run.worked[0] == "a"

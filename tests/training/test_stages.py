@@ -118,6 +118,10 @@ def test_bad_files(manifest: Manifest, scores: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="relabel: .*scores.parquet must have a row for each of 7"):
         stages.relabel(fewer, scores, out, Relabel(ratio_splits=["train"]))
     assert not out.exists()
+    order = np.arange(len(manifest))
+    order[[1, 2]] = [2, 1]
+    with pytest.raises(ValueError, match="in the manifest's order, got 'k1' for 'k2' in row 0"):
+        stages.relabel(manifest.select(order), scores, out, Relabel())
     short = tmp_path / "ratio.txt"
     write_class_ratio(short, np.array([0.5, 0.5]))
     with pytest.raises(ValueError, match="ratio.txt must have 4 classes, got 2"):
@@ -142,6 +146,22 @@ def test_calibrate_flags_the_share_it_promises(tmp_path: Path) -> None:
     rule = stages.calibrate(RULE, files, 0.05)
     assert dataclasses.replace(rule, alpha=RULE.alpha) == RULE
     assert rule.score([np.load(path) for path in files]).nc.sum() == 8
+
+
+def test_calibrate_without_broken_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    files = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    q = [rng.dirichlet(np.full(K, 0.3), 40).astype(np.float32) for _ in files]
+    for file, values in zip(files, q, strict=True):
+        np.save(file, values)
+    expected = stages.calibrate(RULE, files, 0.1)
+    broken = np.insert(q[0], 7, np.nan, axis=0), np.insert(q[1], 7, 1 / K, axis=0)
+    for file, values in zip(files, broken, strict=True):
+        np.save(file, values)
+    assert stages.calibrate(RULE, files, 0.1) == expected
+    np.save(files[0], np.full((41, K), np.nan, np.float32))
+    with pytest.raises(ValueError, match="must have an image that can be used, got none"):
+        stages.calibrate(RULE, files, 0.1)
 
 
 def test_folds_are_joined_in_the_order_of_the_manifest(tmp_path: Path) -> None:
@@ -172,6 +192,9 @@ def test_believed_images(manifest: Manifest, tmp_path: Path) -> None:
     nc[8] = True
     assert stages.believed(manifest, path, 0.5, None).tolist() == noisy[[0, 3, 8]].tolist()
     assert stages.believed(manifest, path, 0.5, nc).tolist() == noisy[[0, 3]].tolist()
+    np.save(path, q[:9])
+    with pytest.raises(ValueError, match="must have a row for each noisy image"):
+        stages.believed(manifest, path, 0.5, None)
 
 
 def test_scores_of_a_run_are_those_of_score_files(
