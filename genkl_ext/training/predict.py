@@ -180,11 +180,7 @@ def accuracy(predictions: str | os.PathLike[str] | NDArray[Any], labels: ArrayLi
         OSError: the file cannot be read. ValueError: it holds something else; labels of another
             shape or kind; a row that is NaN in part.
     """
-    q = (
-        predictions
-        if isinstance(predictions, np.ndarray)
-        else np.load(predictions, mmap_mode="r", allow_pickle=False)
-    )
+    q = predictions if isinstance(predictions, np.ndarray) else _mapped(predictions)
     if q.ndim != 2 or q.dtype.kind != "f":
         raise ValueError(f"accuracy: predictions must be (N, k) floats, got {q.shape} {q.dtype}")
     n, k = q.shape
@@ -214,6 +210,14 @@ def accuracy(predictions: str | os.PathLike[str] | NDArray[Any], labels: ArrayLi
         top5 += int((before < 5).sum())
     share = 1 / images if images else float("nan")
     return Accuracy(top1 * share, top5 * share, images, len(rows) - images)
+
+
+def _mapped(path: str | os.PathLike[str]) -> NDArray[Any]:
+    try:
+        return np.lib.format.open_memmap(path, "r")
+    except ValueError as error:
+        name = os.fspath(path)
+        raise ValueError(f"accuracy: {name} must be a whole .npy file: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

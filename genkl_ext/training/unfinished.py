@@ -91,7 +91,13 @@ class Unfinished:
             if not ranks.first:
                 path = self._journal_path(ranks.rank)
                 self._journal = stack.enter_context(Journal(path, about))
-            self._file = os.open(self._partial, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self._file = os.open(self._partial, os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"cannot write {self._target}: its folder must be the same for all processes, "
+                    f"and process {ranks.rank} does not find {self._partial} there"
+                ) from error
             stack.callback(os.close, self._file)
             self._open = stack.pop_all()
         self.resumed = sum(min(batch_size, shape[0] - b * batch_size) for b in finished)

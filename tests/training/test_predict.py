@@ -707,6 +707,21 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, dtype
             assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected))
 
 
+def test_accuracy_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "q.npy"
+    np.save(path, np.empty((0, 3), np.float32))
+    assert accuracy(path, []).images == 0
+    np.save(path, np.ones((9, 3)))
+    whole = path.read_bytes()
+    np.save(path, np.array([{}, {}]))
+    for content in (b"", whole[:-1], path.read_bytes(), b"PK\3\4" + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^accuracy: .*q\.npy must be a whole \.npy file: "):
+            accuracy(path, [0] * 9)
+    with pytest.raises(FileNotFoundError):
+        accuracy(tmp_path / "none.npy", [])
+
+
 def test_accuracy_of_nothing() -> None:
     for q, labels in (
         (np.empty((0, 3), np.float32), []),
