@@ -142,11 +142,14 @@ def write_table(photographs: Path, out: Path, seed: int) -> dict[str, int]:
 
 def main() -> None:
     options = record.parser(__doc__)
-    options.add_argument("--data", type=Path, required=True, help="folder with images.csv, images/")
+    options.add_argument("--data", type=Path, help="folder with images.csv, images/")
     options.add_argument("--work", type=Path, default=Path("runs/clothing"), help="runs go here")
     options.add_argument("--seed", type=int, default=0, help="of splits and flipped labels")
     options.add_argument("overrides", nargs="*", help="settings of bench/clothing.yaml to replace")
     asked = options.parse_args()
+    if asked.data is None:
+        print("clothing: --data must name the folder of photographs; nothing is done without it")
+        return
     quick = ["members.epochs=1", "training.epochs=1", "finetune.epochs=1", "loop.iterations=1"]
     overrides = (quick if asked.quick else []) + asked.overrides
     # Where the recipe looks for its network.

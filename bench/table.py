@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,30 @@ def _training_part(result: Result, section: str, title: str, columns: dict[str, 
     return f"## {title}\n\n{_table(header, lines)}"
 
 
+def _clothing_page(result: Result) -> str:
+    """Accuracies by training, and how well each iteration finds the pictures of no class."""
+    images = ", ".join(f"{count:,} {what}" for what, count in result["settings"]["images"].items())
+    header = ["training", "validation %", "test %", "seeds"]
+    lines = [
+        [c["training"], _percent(c["validation"]), _percent(c["test"]), len(c["test"])]
+        for c in result["cells"]
+    ]
+    found = [c for c in result["cells"] if "auroc" in c]
+    names = ["flagged", "recall", "precision", "auroc"]
+    shares = [[c["training"], *(f"{100 * c[name]:.1f}" for name in names)] for c in found]
+    return (
+        f"Images: {images}.\n\n{_table(header, lines)}\n"
+        "Pictures that fit no class, in %; AUROC of critical alpha:\n\n"
+        f"{_table(['scores', 'flagged', 'recall', 'precision', 'AUROC'], shares)}"
+    )
+
+
+def _percent(shares: Sequence[float]) -> str:
+    """Mean and standard deviation of several seeds."""
+    mean = f"{100 * statistics.mean(shares):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean
+
+
 # ---- blocks of the README ------------------------------------------------------------------------
 
 
@@ -345,6 +370,7 @@ def _command_block(result: Result) -> str:
 
 _PAGES = {
     "ceilings": _ceilings_page,
+    "clothing": _clothing_page,
     "loading": _loading_page,
     "score_command": _command_page,
     "scoring": _scoring_page,

@@ -176,6 +176,7 @@ def test_genkl_bench_finds_the_scripts() -> None:
         pytest.skip("genkl_ext is installed from a wheel, which has no benchmarks")
     assert find_scripts(FOLDER).keys() == {
         "ceilings",
+        "clothing",
         "loading",
         "score_command",
         "scoring",
