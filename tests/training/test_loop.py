@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +404,38 @@ def test_only_one_at_a_time(clothing: Case) -> None:
         pytest.raises(OSError, match="is in use by another process"),
     ):
         clothing.run("loop.iterations=0")
+
+
+def test_two_processes(clothing: Case) -> None:
+    """They predict, to the last bit, what one does, and train together."""
+    clothing.run("loop.iterations=1")
+    place = clothing.folder / "run/iteration-0"
+    weights = ", ".join(str(place / f"members/{seed}/best.safetensors") for seed in (0, 1))
+    words = [*TINY, "loop.iterations=1", f"members.weights=[{weights}]"]
+    out = clothing.folder / "two"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "genkl_ext.cli.main", "run", "clothing1m", *words),
+            *("--data-root", str(clothing.data), "--out", str(out)),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for seed in (0, 1):
+        name = f"iteration-0/predictions/{seed}.npy"
+        assert (out / name).read_bytes() == (clothing.folder / "run" / name).read_bytes()
+        trial = out / f"iteration-0/trial-{seed}/train"
+        assert (trial / "best.safetensors").is_file()
+        assert (trial / "metrics.csv").read_text().count("\n") == 2
+    for name in ("scores.parquet", "targets.parquet"):
+        assert (out / "iteration-0" / name).read_bytes() == (place / name).read_bytes()
+    assert [path for path in out.rglob(".*") if path.is_file()] == []
+    # What one line says is said once.
+    assert done.stdout.count("iteration-0/trial-0/train\n") == 1
 
 
 def test_a_recipe_object_is_as_good(clothing: Case) -> None:
