@@ -112,6 +112,9 @@ def _run(words: list[str]) -> int:
 
     names = command.replace("-", "_").split()
     function = getattr(import_module(f".{names[0]}", __package__), names[-1])
+    if "" not in sys.path:
+        # A network of one's own is looked for in the current folder, as python -m would.
+        sys.path.append("")
     values = parse(function, f"genkl {command}", rest)
     if values is None:  # --help and the like have been answered
         return 0

@@ -35,7 +35,6 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -641,7 +640,6 @@ def _trainer(task: _Task, course: _Course) -> Trainer:
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.type == "cpu" else [device.index],
         num_nodes=ranks.size,
-        strategy=DDPStrategy() if ranks.size > 1 else "auto",
         plugins=[_Joined(ranks), AtomicCheckpointIO()],
         precision=engine.precision,
         max_epochs=task.settings.epochs,

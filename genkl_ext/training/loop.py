@@ -702,12 +702,12 @@ def pretrained_files(recipe: Recipe) -> list[Path]:
 
 def read_manifest(data: Data) -> Manifest:
     """The data set that a recipe names."""
+    layout = layouts.detect(data.root) if data.layout == "auto" else data.layout
+    if layout == "webvision":
+        return Manifest.from_webvision(data.root, data.num_classes)
     if data.layout == "auto":
-        manifest = layouts.read(data.root)
-    else:
-        manifest = getattr(Manifest, f"from_{data.layout}")(data.root)
-    if manifest.dataset == "webvision" and data.num_classes is not None:
-        manifest = Manifest.from_webvision(data.root, data.num_classes)
+        return layouts.read(data.root)
+    manifest: Manifest = getattr(Manifest, f"from_{layout}")(data.root)
     return manifest
 
 
