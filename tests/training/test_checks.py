@@ -224,7 +224,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], said: str, files: Pat
         ["members.weights=[a, b]", "members.pick={0: [1, 0]}", "rule.alpha=null"],
         ["members.weights=[a]", "training.start=member"],
         ["members.seeds=[]", "members.weights=[a]"],
-        ["members.pick={17: [4]}"],
+        ["members.pick={17: [4]}", "loop.seeds=[17, 2]"],
         ["members.average=a", "loop.iterations=0", "loop.baselines=[noisy]"],
         ["loop.iterations=0", "loop.seeds=[]"],
         ["training.optimizer={momentum: 0, nesterov: false}"],
@@ -239,6 +239,15 @@ def test_what_cannot_work_is_refused(overrides: list[str], said: str, files: Pat
 )
 def test_what_can_work_is_not_refused(overrides: list[str], files: Path) -> None:
     check(load("clothing1m", ["data.root=.", *overrides]))
+
+
+def test_settings_that_would_be_ignored_are_refused(files: Path) -> None:
+    assert problem("clothing1m", "members.pick={17: [4]}") == (
+        "recipe: members.pick names trial 17, and loop.seeds are [0, 1, 2]; leave it out, or "
+        "members.pick={} to use all members"
+    )
+    overrides = ["relabel.double_hot=false", "compatibility.ratio_broadcast=true"]
+    assert "the same for every class" in problem("clothing1m", *overrides)
 
 
 def test_a_member_that_counts_twice_is_told(files: Path) -> None:
