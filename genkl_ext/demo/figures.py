@@ -63,7 +63,8 @@ def _histogram(results: Results) -> Figure:
         axis.set_xlabel("critical alpha")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("images")
-    axes[-1].legend(frameon=False, loc="upper right")
+    # Below the words beside the line, wherever that is.
+    axes[-1].legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.85))
     return figure
 
 
