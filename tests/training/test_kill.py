@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import time
 from collections import Counter
@@ -49,7 +50,9 @@ def work(data: Path, out: Path) -> None:
 
 
 def start(data: Path, out: Path) -> Any:
-    process = _context.Process(target=work, args=(data, out))
+    # By its path: how pytest was started decides whether this module has a name.
+    names = {"init_globals": {"DATA": data, "OUT": out}, "run_name": "__main__"}
+    process = _context.Process(target=runpy.run_path, args=(__file__,), kwargs=names)
     process.start()
     return process
 
@@ -130,3 +133,7 @@ def test_a_polite_end_leaves_as_much(tmp_path: Path, number: int) -> None:
     assert process.exitcode == 0
     assert not [path for path in out.rglob(".*") if path.is_file()]
     assert (out / "summary.json").exists()
+
+
+if __name__ == "__main__":
+    work(globals()["DATA"], globals()["OUT"])
