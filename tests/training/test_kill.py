@@ -44,7 +44,7 @@ _context = multiprocessing.get_context("forkserver")
 def work(data: Path, out: Path) -> None:
     import genkl_ext as gk
 
-    lines = (out.parent / f"{out.name}.log").open("a")
+    lines = (out.parent / f"{out.name}.log").open("a", buffering=1)
     with lines, contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
         gk.run("clothing1m", data_root=data, out=out, overrides=SETTINGS)
 
