@@ -26,6 +26,7 @@ Source: GenKL (arXiv 2307.09810), the iterative framework.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import statistics
@@ -642,7 +643,7 @@ class _Run:
     ) -> Facts:
         """The facts of an iteration, and ``summary.json``."""
         trained = Spread.of([_top1(trial["train"]["test"]) for trial in trials])
-        tuned = Spread.of([_top1(result(trial)) for trial in trials])
+        tuned = Spread.of([_top1(chosen(trial)["test"]) for trial in trials])
         facts = {
             "iteration": t,
             "nonconforming": [scored[variant] for variant in variants],
@@ -718,12 +719,6 @@ def chosen(trial: Facts) -> Facts:
     return best
 
 
-def result(trial: Facts) -> Facts | None:
-    """The test accuracy of what a trial came to."""
-    tested: Facts | None = chosen(trial)["test"]
-    return tested
-
-
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Accuracies of several seeds."""
@@ -771,8 +766,6 @@ def _jaccard(before: list[NDArray[np.bool_]], now: list[NDArray[np.bool_]]) -> f
 
 
 def _digest(rows: NDArray[np.int64]) -> str:
-    import hashlib
-
     return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 

@@ -92,6 +92,19 @@ class Job:
         threads = self.recipe.data.threads or self.ranks.processors
         return dataclasses.replace(self.recipe.data, threads=threads)
 
+    def labelled(self, rows: Rows, batch_size: int, seed: int) -> Batches:
+        """This process's share of some rows, with their given labels."""
+        return labelled(
+            self.manifest,
+            rows,
+            self.data,
+            batch_size,
+            seed,
+            device=self.loader_device,
+            shard=(self.ranks.rank, self.ranks.size),
+            channels_last=self.recipe.network.channels_last,
+        )
+
     def validation(self, batch_size: int) -> Loader | None:
         """The validation images, if the data set has any; shared by all ranks.
 
@@ -133,16 +146,7 @@ def fit_labels(
     eval_mode_after_first_epoch: bool = False,
 ) -> Facts:
     """Train with plain cross-entropy on the given labels of some rows; see :func:`engine.fit`."""
-    batches = labelled(
-        job.manifest,
-        rows,
-        job.data,
-        fit.batch_size,
-        seed,
-        device=job.loader_device,
-        shard=(job.ranks.rank, job.ranks.size),
-        channels_last=job.recipe.network.channels_last,
-    )
+    batches = job.labelled(rows, fit.batch_size, seed)
     return _fit(
         job,
         job.network(seed),
@@ -401,16 +405,7 @@ def finetune(
     """
     settings: Finetune = job.recipe.finetune
     compatibility = job.recipe.compatibility
-    batches = labelled(
-        job.manifest,
-        clean,
-        job.data,
-        settings.batch_size,
-        seed,
-        device=job.loader_device,
-        shard=(job.ranks.rank, job.ranks.size),
-        channels_last=job.recipe.network.channels_last,
-    )
+    batches = job.labelled(clean, settings.batch_size, seed)
     return _fit(
         job,
         job.network(seed, weights),
