@@ -41,7 +41,6 @@ class Ranks:
     size: int = 1  #: processes of the job
     local_rank: int = 0  #: among those on this machine
     local_size: int = 1  #: processes on this machine
-    _group: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -76,11 +75,11 @@ class Ranks:
         if self.size > 1:
             with _company(self):
                 length = torch.tensor(len(text))
-                dist.broadcast(length, 0, group=self._group)
+                dist.broadcast(length, 0, group=_group)
                 content = torch.empty(int(length), dtype=torch.uint8)
                 if self.first:
                     content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-                dist.broadcast(content, 0, group=self._group)
+                dist.broadcast(content, 0, group=_group)
                 text = content.numpy().tobytes()
         return json.loads(text)
 
@@ -95,7 +94,7 @@ class Ranks:
         if self.size > 1:
             everyones = [torch.empty_like(mine) for _ in range(self.size)]
             with _company(self):
-                dist.all_gather(everyones, mine, group=self._group)
+                dist.all_gather(everyones, mine, group=_group)
         sums: list[float] = torch.stack(everyones).sum(dim=0).tolist()
         return sums[:-1]
 
@@ -117,6 +116,7 @@ class Ranks:
 
 
 _joined: Ranks | None = None
+_group: dist.ProcessGroup | None = None  # for what is said here; gradients have the default group
 
 
 def join(engine: Engine | None = None) -> Ranks:
@@ -161,14 +161,26 @@ def _launched() -> Ranks:
 
 
 def _meet(ranks: Ranks, engine: Engine) -> Ranks:
+    global _group
     gpu = ranks.device(engine).type == "cuda"
     with _company(ranks):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=ranks.rank, world_size=ranks.size
         )
-        atexit.register(dist.destroy_process_group)
-        group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    return dataclasses.replace(ranks, _group=group)
+        atexit.register(_leave)
+        _group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    return ranks
+
+
+def _leave() -> None:
+    """Ends Gloo's threads while there is an interpreter.
+
+    One that lets go of a tensor later aborts the process, however well its work went. They end with
+    their group, and a group ends when nobody holds it: so nobody but this module holds ours.
+    """
+    global _group
+    _group = None
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -15,32 +15,26 @@ from genkl_ext.training.settings import Engine
 
 # What every process of the job does; it leaves what it saw in a file of its own.
 PROGRAM = """
-import json, os, sys, time, warnings
+import atexit, json, os, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from genkl_ext.training.ranks import join
-from genkl_ext.training.settings import Engine
 
 out = Path(sys.argv[1])
-ranks = join(Engine("cpu"))
-world = dist.group.WORLD
-seen = {"ranks": [ranks.rank, ranks.size, ranks.local_rank, ranks.local_size]}
-seen["first"] = ranks.first
-seen["same"] = join() is ranks
-seen["backend"] = dist.get_backend()
-seen["processors"] = ranks.processors
-values = [{"text": "\\u00e4\\udc80 " * 1000, "n": [1, 2.5, None]}, [], None, 0]
-seen["broadcast"] = [ranks.broadcast(v if ranks.first else "mine") for v in values] == values
-seen["sum"] = ranks.sum([ranks.rank, 2.0**53 - 1 if ranks.first else 1, 0.1])
-seen["nothing"] = ranks.sum([])
-if not ranks.first:
-    time.sleep(0.3)
-    (out / "late").touch()
-ranks.barrier()
-seen["barrier"] = (out / "late").exists()
+seen = {}
+
+def gloo():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+def left():
+    seen["threads left"] = gloo()
+    (out / f"{seen['ranks'][0]}.json").write_text(json.dumps(seen))
+
+atexit.register(left)  # runs after all that is registered from here on
 
 from lightning.pytorch import LightningModule, Trainer
+from genkl_ext.training.ranks import join
+from genkl_ext.training.settings import Engine
 
 class Module(LightningModule):
     def __init__(self):
@@ -52,23 +46,42 @@ class Module(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 1.0)
 
-module = Module()
-trainer = Trainer(
-    accelerator="cpu",
-    devices=2,
-    strategy="ddp",
-    max_epochs=1,
-    use_distributed_sampler=False,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-)
-trainer.fit(module, torch.utils.data.DataLoader([torch.full((1,), float(ranks.rank))]))
-seen["lightning"] = [trainer.global_rank, trainer.world_size, dist.group.WORLD is world]
-seen["weight"] = module.layer.weight.item()  # 1 - the mean of 0 and 1
-ranks.barrier()
-(out / f"{ranks.rank}.json").write_text(json.dumps(seen))
+def main():
+    ranks = join(Engine("cpu"))
+    world = dist.group.WORLD
+    seen["ranks"] = [ranks.rank, ranks.size, ranks.local_rank, ranks.local_size]
+    seen["first"] = ranks.first
+    seen["same"] = join() is ranks
+    seen["backend"] = dist.get_backend()
+    seen["processors"] = ranks.processors
+    values = [{"text": "\\u00e4\\udc80 " * 1000, "n": [1, 2.5, None]}, [], None, 0]
+    seen["broadcast"] = [ranks.broadcast(v if ranks.first else "mine") for v in values] == values
+    seen["sum"] = ranks.sum([ranks.rank, 2.0**53 - 1 if ranks.first else 1, 0.1])
+    seen["nothing"] = ranks.sum([])
+    if not ranks.first:
+        time.sleep(0.3)
+        (out / "late").touch()
+    ranks.barrier()
+    seen["barrier"] = (out / "late").exists()
+    module = Module()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([torch.full((1,), float(ranks.rank))]))
+    seen["lightning"] = [trainer.global_rank, trainer.world_size, dist.group.WORLD is world]
+    seen["weight"] = module.layer.weight.item()  # 1 - the mean of 0 and 1
+    ranks.barrier()
+    seen["threads"] = gloo()
+
+main()
 """
 
 SLURM = {
@@ -96,15 +109,20 @@ def test_alone(fresh: None) -> None:
     assert not torch.distributed.is_initialized()
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What the two processes of a job under torchrun saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "program.py").write_text(PROGRAM)
+def torchrun(program: str, folder: Path) -> None:
+    """Two processes of a program; its argument is the folder."""
+    (folder / "program.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(folder / "program.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What the two processes of a job under torchrun saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(PROGRAM, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -121,6 +139,12 @@ def test_values_reach_all(seen: list[dict]) -> None:
     assert all(one["broadcast"] and one["barrier"] for one in seen)
     assert [one["sum"] for one in seen] == [[1.0, 2.0**53, 0.2]] * 2
     assert [one["nothing"] for one in seen] == [[], []]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are looked up in /proc")
+def test_no_thread_outlives_the_groups(seen: list[dict]) -> None:
+    """Gloo's threads, left alone, abort a process that ends well, now and then."""
+    assert all(one["threads"] > 0 and one["threads left"] == 0 for one in seen)
 
 
 def test_lightning_uses_the_same_group(seen: list[dict]) -> None:
