@@ -8,10 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..files import atomic_write
+from ..report import style
 from .results import Results
 
-_BLUE, _ORANGE, _INK = "#3b6fb6", "#e07b39", "#333333"
 _COLUMNS, _ROWS = 10, 4
 
 
@@ -21,23 +20,20 @@ def draw(out: Path, results: Results) -> list[Path]:
         "critical_alpha.png": _histogram(results),
         "most_nonconforming.png": _contact_sheet(results),
     }
-    for name, figure in made.items():
-        with atomic_write(out / name) as temporary:
-            figure.savefig(temporary, dpi=120, facecolor="white")
-    return [out / name for name in made]
+    return [style.save(figure, out / name) for name, figure in made.items()]
 
 
 def _histogram(results: Results) -> Figure:
     """Critical alpha of the noisy images, one panel per iteration."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = style.figure(10, 3.4)
     axes = figure.subplots(1, len(results.critical), sharey=True, squeeze=False)[0]
     truth = results.nonconforming
     alphas = [i.threshold for i in results.identifications if i.score == "GenKL"]
     for t, (axis, critical, alpha) in enumerate(zip(axes, results.critical, alphas, strict=True)):
         bins = np.linspace(0, critical.max(), 41)
         for name, colour, rows in (
-            ("digit 0 to 7: fits a class", _BLUE, ~truth),
-            ("digit 8 or 9: fits none", _ORANGE, truth),
+            ("digit 0 to 7: fits a class", style.BLUE, ~truth),
+            ("digit 8 or 9: fits none", style.RED, truth),
         ):
             axis.hist(
                 critical[rows],
@@ -48,7 +44,7 @@ def _histogram(results: Results) -> Figure:
                 edgecolor=colour,
                 linewidth=1.5,
             )
-        axis.axvline(alpha, color=_INK, linestyle="--", linewidth=1.2)
+        axis.axvline(alpha, color=style.INK, linestyle="--", linewidth=1.2)
         axis.annotate(
             f"alpha = {alpha:.2g}\nNC from here on",
             (alpha, 0.97),
@@ -56,13 +52,10 @@ def _histogram(results: Results) -> Figure:
             xytext=(6, 0),
             textcoords="offset points",
             verticalalignment="top",
-            color=_INK,
+            color=style.INK,
         )
         axis.set_yscale("log")
-        axis.set_title(f"iteration {t}", loc="left", fontweight="bold")
-        axis.set_xlabel("critical alpha")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("images")
+        style.label(axis, f"iteration {t}", "critical alpha", "images" if t == 0 else "")
     # Below the words beside the line, wherever that is.
     axes[-1].legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.85))
     return figure
@@ -73,7 +66,7 @@ def _contact_sheet(results: Results) -> Figure:
     critical, noisy = results.critical[-1], results.noisy
     order = np.argsort(-critical, kind="stable")[: _COLUMNS * _ROWS]
     hits = int(results.nonconforming[order].sum())
-    figure = Figure(figsize=(10, 6.1), layout="constrained")
+    figure = style.figure(10, 6.1)
     figure.suptitle(
         f"The {len(order)} most non-conforming of {len(noisy):,} crawled images",
         x=0.005,
@@ -85,21 +78,21 @@ def _contact_sheet(results: Results) -> Figure:
             axis.imshow(np.asarray(image), cmap="gray_r", interpolation="bicubic")
         axis.set_xticks([])
         axis.set_yticks([])
-        colour = _ORANGE if results.nonconforming[row] else _BLUE
+        colour = style.RED if results.nonconforming[row] else style.BLUE
         for side in axis.spines.values():
             side.set(color=colour, linewidth=2)
         axis.set_xlabel(
             f"label {noisy.labels[row]}, top {results.top_class[row]}\n{critical[row]:.2f}",
             fontsize=8,
-            color=_INK,
+            color=style.INK,
         )
     figure.supxlabel(
-        f"orange frame: an 8 or a 9, fits none of the classes 0 to 7 ({hits} of {len(order)}); "
+        f"red frame: an 8 or a 9, fits none of the classes 0 to 7 ({hits} of {len(order)}); "
         f"blue: fits one.\nlabel: given by the crawl; top: most probable class; below: "
         "critical alpha.",
         x=0.005,
         horizontalalignment="left",
         fontsize=9,
-        color=_INK,
+        color=style.INK,
     )
     return figure

@@ -116,7 +116,7 @@ class Ranks:
 
 
 _joined: Ranks | None = None
-_group: dist.ProcessGroup | None = None  # for what is said here; gradients have the default group
+_group: Any = None  # for what is said here; gradients have the default group
 
 
 def join(engine: Engine | None = None) -> Ranks:

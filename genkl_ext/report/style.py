@@ -1,0 +1,60 @@
+"""How every figure of the package looks, and how it is written.
+
+The colours are those of Okabe and Ito, told apart with any kind of colour vision; ``ALL`` gives
+them in the order in which lines of a plot take them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00",
+)  # fmt: skip
+INK, GREY = "#333333", "#8c8c8c"
+ALL = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY)
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def figure(width: float = 6.4, height: float = 3.6) -> Figure:
+    """An empty figure of so many inches, independent of pyplot and of its global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title at the left, names of the axes with their units, no frame above and at the right."""
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, SVG or PDF, by the suffix of its path; the same bytes every time.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{path}: a figure must end in {', '.join(FORMATS)}, got {suffix!r}")
+    # Without the date that these formats write by default.
+    metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    import matplotlib
+
+    salted = matplotlib.rc_context({"svg.hashsalt": "genkl", "svg.fonttype": "none"})
+    with salted, atomic_write(path) as temporary:
+        figure.savefig(
+            temporary, format=suffix[1:], dpi=150, facecolor="white", metadata=metadata.get(suffix)
+        )
+    return path
