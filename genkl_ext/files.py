@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _LONGEST_STEM = 64  # bytes; leaves a temporary name room for its own parts below the usual 255
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.partial(\..*)?", re.DOTALL)
@@ -187,3 +189,31 @@ def _sync_folder(folder: Path) -> None:
         # Some network file systems know no fsync of a folder; the file itself is synced.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
+
+
+def settings_of(path: str | os.PathLike[str], key: bytes, name: str, wanted: str) -> Any:
+    """What was written, as JSON, under a key of a Parquet file's metadata; no row is read.
+
+    Args:
+        path: the Parquet file.
+        key: tells this kind of table from others.
+        name: what an error begins with.
+        wanted: the kind of table in words, as "a ledger that genkl scan wrote".
+
+    Raises:
+        OSError: it does not exist or cannot be read. ValueError: it is no Parquet file, or lacks
+            the key.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = os.fspath(path)
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: {where} does not exist") from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{name}: {where} is not a Parquet file") from error
+    if key not in metadata:
+        raise ValueError(f"{name}: {where} is not {wanted}")
+    return json.loads(metadata[key])

@@ -82,24 +82,22 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     required = default is inspect.Parameter.empty
     hint = _without_none(hint)
     is_list = get_origin(hint) is list
+    one = get_args(hint)[0] if is_list else hint
     positional = parameter.kind is not parameter.KEYWORD_ONLY and (required or is_list)
     options: dict[str, Any] = {"help": text.replace("%", "%%")}
     if hint is bool:
         options["action"] = "store_true"
         if default is not False:
             raise TypeError(f"{name}: a flag must be False by default, got {default!r}")
-    elif get_origin(hint) is Literal:
-        options["choices"] = list(get_args(hint))
-        options["metavar"] = "|".join(map(str, get_args(hint)))
-    elif is_list and positional:
-        options["type"] = get_args(hint)[0]
-        options["nargs"] = "+" if required else "*"
+    elif get_origin(one) is Literal:
+        options["choices"] = list(get_args(one))
+        options["metavar"] = "|".join(map(str, get_args(one)))
     else:
-        options["type"] = hint
-    kind = options.get("type")
-    if kind is not None:
+        options["type"] = one
         word = name.upper().removesuffix("S" if is_list else "")
-        options["metavar"] = _METAVARS.get(getattr(kind, "__name__", ""), word)
+        options["metavar"] = _METAVARS.get(getattr(one, "__name__", ""), word)
+    if is_list:
+        options["nargs"] = "*" if positional and not required else "+"
     if not required:
         options["default"] = default
         if hint is not bool and default not in (None, [], ""):
@@ -130,4 +128,8 @@ def _readable(message: str) -> str:
     if re.search(r"unrecognized arguments: [\w.]+=", line, re.IGNORECASE):
         line += "; settings come before the options"
     line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
-    return re.sub(r'^Parser key "(\w+)": ', lambda m: "--" + m[1].replace("_", "-") + ": ", line)
+    return re.sub(
+        r'^Parser key "(\w+)"(?: element \d+)?: ',
+        lambda m: "--" + m[1].replace("_", "-") + ": ",
+        line,
+    )

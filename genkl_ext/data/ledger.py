@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..files import atomic_write
+from ..files import atomic_write, settings_of
 from .decode import Limits
 from .manifest import Manifest, PathLike
 
@@ -61,15 +61,9 @@ class Ledger:
         Raises:
             OSError: the file cannot be read. ValueError: it is not a ledger.
         """
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"ledger: {os.fspath(path)} is not a Parquet file") from error
-        metadata = table.schema.metadata or {}
-        if METADATA_KEY not in metadata:
-            raise ValueError(f"ledger: {os.fspath(path)} is not a ledger that genkl scan wrote")
-        about = json.loads(metadata[METADATA_KEY])
-        table = table.replace_schema_metadata()
+        wanted = "a ledger that genkl scan wrote"
+        about = settings_of(path, METADATA_KEY, "ledger", wanted)
+        table = pq.read_table(path).replace_schema_metadata()
         if about.pop("format") != FORMAT or not table.schema.equals(SCHEMA):
             raise ValueError(
                 f"ledger: {os.fspath(path)} was written by another version of genkl_ext; scan again"

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from ..files import atomic_write
+from ..files import atomic_write, settings_of
 from ..relabel import class_ratio
 from .folders import by_name, is_file
 
@@ -161,16 +161,10 @@ class Manifest:
         Raises:
             OSError: the file cannot be read. ValueError: it is not a manifest.
         """
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"manifest: {os.fspath(path)} is not a Parquet file") from error
-        metadata = table.schema.metadata or {}
-        if METADATA_KEY not in metadata:
-            raise ValueError(f"manifest: {os.fspath(path)} is not a manifest that genkl_ext saved")
-        saved = json.loads(metadata[METADATA_KEY])
+        wanted = "a manifest that genkl_ext saved"
+        saved = settings_of(path, METADATA_KEY, "manifest", wanted)
         return cls(
-            table,
+            pq.read_table(path),
             tuple(saved["class_names"]),
             saved["dataset"],
             saved["root"] if root is None else os.fspath(root),

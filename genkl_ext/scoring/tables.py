@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import settings_of
 from .keys import BLOCK_ROWS, Keys
 
 if TYPE_CHECKING:
@@ -118,14 +119,10 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What made a Parquet table of scores: rule, package version, fingerprints of the inputs.
 
     Raises:
-        ValueError: the table was not written by ``score_files``.
+        OSError: it cannot be read. ValueError: ``score_files`` did not write it as Parquet.
     """
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_schema(path).metadata or {}
-    if SETTINGS_KEY not in metadata:
-        raise ValueError(f"read_settings: {os.fspath(path)} is not a table of genkl scores")
-    settings: dict[str, Any] = json.loads(metadata[SETTINGS_KEY])
+    wanted = "a table of genkl scores"
+    settings: dict[str, Any] = settings_of(path, SETTINGS_KEY, "scores", wanted)
     return settings
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..data import Loader, Manifest, make_loader
 from ..data.published import read_class_ratio, read_row_list
-from ..files import atomic_write
+from ..files import atomic_write, settings_of
 from ..relabel import Targets
 from ..rule import GenKL
 from ..scoring import read_settings, rows_without_prediction, score_files
@@ -330,16 +330,11 @@ def read_targets(path: Path, manifest: Manifest) -> tuple[Targets, NDArray[np.bo
     Raises:
         OSError: it cannot be read. ValueError: it is no table of targets, or of other images.
     """
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"targets: {path} is not a Parquet file") from error
-    metadata = table.schema.metadata or {}
-    if TARGETS_KEY not in metadata:
-        raise ValueError(f"targets: {path} is no table of targets that genkl relabel wrote")
-    about = json.loads(metadata[TARGETS_KEY])
+    wanted = "a table of targets that genkl relabel wrote"
+    about = settings_of(path, TARGETS_KEY, "targets", wanted)
     if about["manifest"] != manifest.fingerprint:
         raise ValueError(f"targets: {path} must be made for {manifest!r}, and was for another")
+    table = pq.read_table(path)
     kind = np.asarray(table["target"].combine_chunks().indices)
     targets = Targets(
         top_class=np.asarray(table["top_class"]),

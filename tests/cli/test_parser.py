@@ -137,6 +137,23 @@ def test_arguments_with_a_default_are_options() -> None:
     }
 
 
+def test_options_with_several_values() -> None:
+    def command(*, sizes: list[int] = [], kinds: list[Literal["a", "b"]] = []) -> None:  # noqa: B006
+        """A command."""
+
+    def values(text: str) -> dict[str, Any] | None:
+        return parse(command, "genkl command", text.split())
+
+    assert values("") == {"sizes": [], "kinds": []}
+    assert values("--sizes 1 --kinds b a") == {"sizes": [1], "kinds": ["b", "a"]}
+    with pytest.raises(UsageError, match="--sizes: Expected a int. Got value: x"):
+        values("--sizes 1 x")
+    with pytest.raises(UsageError, match="argument --kinds: invalid choice: 'c'"):
+        values("--kinds a c")
+    with pytest.raises(UsageError, match="--sizes: expected at least one argument"):
+        values("--sizes")
+
+
 def test_a_flag_is_false_by_default() -> None:
     def command(*, check: bool = True) -> None:
         """A command."""

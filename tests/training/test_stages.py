@@ -126,7 +126,7 @@ def test_bad_files(manifest: Manifest, scores: Path, tmp_path: Path) -> None:
     write_class_ratio(short, np.array([0.5, 0.5]))
     with pytest.raises(ValueError, match="ratio.txt must have 4 classes, got 2"):
         stages.relabel(manifest, scores, out, Relabel(ratio_file=str(short)))
-    with pytest.raises(ValueError, match="is no table of targets"):
+    with pytest.raises(ValueError, match="is not a table of targets"):
         stages.read_targets(scores, manifest)
     out.write_text("text")
     with pytest.raises(ValueError, match="is not a Parquet file"):
