@@ -46,7 +46,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: as :func:`require_writable`, or from writing.
     """
-    target = _target(path)
+    target = writable_target(path)
     temporary = _create_beside(target)
     try:
         yield temporary
@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
@@ -96,7 +96,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     For jobs that compute for hours before they write: nothing is left behind, and an existing
     file is not touched.
     """
-    _create_beside(_target(path)).unlink()
+    _create_beside(writable_target(path)).unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -147,7 +147,7 @@ def open_locked(path: Path) -> int:
     raise OSError(f"{path} is in use by another process at work on it")
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def writable_target(path: str | os.PathLike[str]) -> Path:
     """The file behind ``path``, once it is known to be a regular file or none in a folder."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -182,7 +182,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     try:
         _sync(folder)
     except OSError as error:

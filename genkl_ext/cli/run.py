@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,10 @@ def run(
         from ..training import plan
         from ..training.ranks import join
 
-        more = [] if data_root is None else [f"data.root={json.dumps(data_root)}"]
-        settings = recipes.load(name, [*more, *overrides])
-        ranks = join(settings.engine)
+        ranks = join()
         if ranks.first:
-            cost = plan.measure(settings, summary.classes, ranks)
-            print("\n".join(plan.describe(settings, summary, cost, ranks)))
+            cost = plan.measure(summary.recipe, summary.classes, ranks)
+            print("\n".join(plan.describe(summary, cost, ranks)))
         return 0
     show(summary)
     return 0

@@ -102,7 +102,7 @@ def finetune(
 
     def work(job: Job) -> Any:
         tuning = job.recipe.finetune
-        clean = job.rows("clean")
+        nc = None
         if tuning.clean == "dynamic":
             if predictions is None:
                 raise ValueError("finetune: predictions must be given for finetune.clean=dynamic")
@@ -111,9 +111,10 @@ def finetune(
                     "finetune: nc_list must be given, or finetune.without_nc=false to take NC "
                     "images, too"
                 )
-            nc = read_row_list(nc_list, job.manifest) if nc_list and tuning.without_nc else None
-            clean = stages.believed(job.manifest, predictions, tuning.clean_threshold, nc)
-            clean = clean[~job.unusable[clean]]
+            if nc_list is not None and tuning.without_nc:
+                nc = read_row_list(nc_list, job.manifest)
+        softmax = predictions if tuning.clean == "dynamic" else None
+        clean = stages.clean_rows(job, softmax, nc)
         return stages.finetune(job, weights, clean, out, seed, None)
 
     inputs = [path for path in (weights, predictions, nc_list) if path is not None]

@@ -68,6 +68,7 @@ class Summary:
     """What a run came to; ``summary.json`` holds the same."""
 
     out: Path
+    recipe: Recipe  #: all settings as resolved
     images: dict[str, int]  #: of each split
     classes: int
     unusable: int
@@ -188,6 +189,7 @@ class _Run:
                 break
         summary = Summary(
             out=self.folder,
+            recipe=self.recipe,
             images=manifest.split_sizes(),
             classes=manifest.num_classes,
             unusable=int(unusable.sum()),
@@ -199,7 +201,7 @@ class _Run:
         )
         if self.ranks.first and not self.dry:
             facts = dataclasses.asdict(dataclasses.replace(summary, plan=[]))
-            del facts["plan"], facts["out"]
+            del facts["plan"], facts["out"], facts["recipe"]
             _write_json(self.folder / "summary.json", {"version": __version__, **facts})
         return summary
 
@@ -597,10 +599,7 @@ class _Run:
             best = (trained["best_accuracy"], trained["best_loss"])
 
         def work() -> Facts:
-            clean = self.job.rows("clean")
-            if softmax is not None:
-                clean = stages.believed(self.manifest, softmax, tuning.clean_threshold, nc)
-                clean = clean[~self.job.unusable[clean]]
+            clean = stages.clean_rows(self.job, softmax, nc)
             if len(clean) < max(2, self.ranks.size):
                 self.say(f"{name}: {len(clean)} clean images are too few; the training is kept")
                 return {"clean_images": len(clean), "improved": False, "best_accuracy": None}

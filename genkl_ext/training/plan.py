@@ -27,13 +27,13 @@ class Cost:
     bytes: int  #: of its weights
 
 
-def describe(recipe: Recipe, summary: Summary, cost: Cost, ranks: Ranks) -> list[str]:
+def describe(summary: Summary, cost: Cost, ranks: Ranks) -> list[str]:
     """The stages in order, what is done, and an estimate of time and disk for the rest.
 
     Loading images is not in the estimate: where it is slower than the network, it sets the time.
     """
     sizes = ", ".join(f"{count:,} {split}" for split, count in summary.images.items())
-    lines = [f"data: {sizes}; {summary.classes} classes; {recipe.data.root}"]
+    lines = [f"data: {sizes}; {summary.classes} classes; {summary.recipe.data.root}"]
     if summary.unusable:
         lines.append(f"data: {summary.unusable:,} images cannot be used")
     seconds, size = 0.0, 0

@@ -414,6 +414,14 @@ def finetune(
     )
 
 
+def clean_rows(job: Job, softmax: Path | None, nc: NDArray[np.bool_] | None) -> Rows:
+    """What fine-tuning learns from: the verified images, or, with predictions, those believed."""
+    if softmax is None:
+        return job.rows("clean")
+    rows = believed(job.manifest, softmax, job.recipe.finetune.clean_threshold, nc)
+    return rows[~job.unusable[rows]]
+
+
 def believed(
     manifest: Manifest, softmax: Path, threshold: float, nc: NDArray[np.bool_] | None
 ) -> Rows:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.journal import Journal
-from ..files import _sync_folder, _target
+from ..files import sync_folder, writable_target
 from .ranks import Ranks
 
 MARK_SECONDS = 5.0  # of work that a killed job may lose; a sync then costs next to nothing
@@ -64,7 +64,7 @@ class Unfinished:
         batch_size: int,
         ranks: Ranks,
     ) -> None:
-        self._target = _target(out)
+        self._target = writable_target(out)
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._about = about
         self._ranks = ranks
@@ -145,7 +145,7 @@ class Unfinished:
                     "of all processes show on its disk; start the job again to fill in the others"
                 )
             os.replace(self._partial, self._target)
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
             self._journal.remove()
         return [(row, reason, detail) for row, reason, detail in self._ranks.broadcast(broken)]
 

@@ -1,4 +1,4 @@
-"""``genkl train``, ``relabel`` and ``finetune``: they make what ``genkl run`` makes."""
+"""``genkl run`` and its stages alone: ``train``, ``relabel``, ``finetune`` make what it makes."""
 
 from __future__ import annotations
 
@@ -180,3 +180,25 @@ def test_targets_of_other_images(here: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("command", ["train", "finetune", "relabel"])
 def test_wrong_usage(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert bad(capsys, f"{command} recipe.yaml", status=2).startswith(f"genkl {command}: ")
+
+
+def test_dry_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = whole / "recipe.yaml", whole / "run"
+    words = f"--data-root {whole / 'data'} --out {run} --dry-run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert genkl("run", recipe, words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stages = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    known = json.loads((run / "records.json").read_text())
+    assert set(known) <= set(stages) and all(line.endswith(" done") for line in stages.values())
+    assert any(line.startswith("to do: about 0") for line in lines), lines
+    assert genkl("run", recipe, "training.epochs=3", words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    changed = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    again = {name for name, line in changed.items() if "to do" in line}
+    assert {name for name in again if "iteration-0" in name} == {
+        name for name in known if name.startswith("iteration-0/trial-0")
+    }
+    assert "images trained on" in changed["iteration-0/trial-0/train"]
+    assert ", again: " in changed["iteration-0/trial-0/train"]
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
