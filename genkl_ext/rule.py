@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+    from .calibration import Calibration
+    from .sweep import Inputs
+
     Array = NDArray[Any] | torch.Tensor
 
 MAX_MODELS = 64  # csrc/kernels/nc_score.h: kMaxModels
@@ -230,6 +233,28 @@ class GenKL:
             return scores
         scores.check()
         return dataclasses.replace(scores, _first_bad_row=-1, _predictions=())
+
+    def calibrate(
+        self, clean: Inputs, *, false_positives: float = 0.05, **options: Any
+    ) -> Calibration:
+        """Choose alpha, and beta if ``betas`` are given, on verified clean rows.
+
+        Args:
+            clean: predictions of rows that are known to conform and were not trained on.
+            false_positives: largest share of them that the new rule may flag.
+            options: ``betas`` to choose from, ``by`` what, ``noisy`` predictions ...;
+                :func:`genkl_ext.calibration.calibrate` says all.
+
+        Returns:
+            Calibration: ``.rule``, with the share it flags, its confidence interval, and the table
+            that it was chosen from.
+
+        Raises:
+            TypeError, ValueError: see there.
+        """
+        from .calibration import calibrate
+
+        return calibrate(self, clean, false_positives=false_positives, **options)
 
     def _score(self, models: list[Any], *, logits: bool, validate: bool) -> Scores:
         """``score`` of a list, with a bad row noted in the result but not yet raised."""

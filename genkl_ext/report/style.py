@@ -1,11 +1,15 @@
 """How every figure of the package looks, and how it is written.
 
 The colours are those of Okabe and Ito, told apart with any kind of colour vision; ``ALL`` gives
-them in the order in which lines of a plot take them.
+them in the order in which lines of a plot take them. In a page (:func:`svg`) each of them is a CSS
+variable, so that the page can have others on a dark ground.
 """
 
 from __future__ import annotations
 
+import io
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,20 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
 INK, GREY = "#333333", "#8c8c8c"
 ALL = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY)
 FORMATS = (".png", ".svg", ".pdf")
+
+# What a page calls them. Black is what matplotlib draws axes in.
+_VARIABLES = {
+    BLUE: "var(--blue)",
+    ORANGE: "var(--orange)",
+    GREEN: "var(--green)",
+    PURPLE: "var(--purple)",
+    SKY: "var(--sky)",
+    RED: "var(--red)",
+    GREY: "var(--muted)",
+    INK: "currentColor",
+    "#000000": "currentColor",
+}
+_SALT = {"svg.hashsalt": "genkl", "svg.fonttype": "none"}
 
 
 def figure(width: float = 6.4, height: float = 3.6) -> Figure:
@@ -52,9 +70,35 @@ def save(figure: Figure, path: str | Path) -> Path:
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     import matplotlib
 
-    salted = matplotlib.rc_context({"svg.hashsalt": "genkl", "svg.fonttype": "none"})
-    with salted, atomic_write(path) as temporary:
+    with matplotlib.rc_context(_SALT), atomic_write(path) as temporary:
         figure.savefig(
             temporary, format=suffix[1:], dpi=150, facecolor="white", metadata=metadata.get(suffix)
         )
     return path
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an ``<svg>`` element to put into a page; the same text every time.
+
+    It has no size of its own, no ground, no font and no link; its colours are variables of the
+    page (``--blue`` ... ``--red``, ``--muted``) and the colour of the text around it.
+
+    Args:
+        name: goes before the ids in it, which are unique in a page only so.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SALT), warnings.catch_warnings():
+        # The browser draws the text, and has the letters that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)
+    body = text[text.index("</metadata>") + len("</metadata>") :]
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it is for the whole page
+    body = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", body.replace("xlink:href", "href"))
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, variable)
+    assert box is not None  # matplotlib always writes it
+    return f'<svg role="img" {box[0]}>{body}'

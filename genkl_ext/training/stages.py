@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..calibration import alpha_reached_by
 from ..data import Loader, Manifest, make_loader
 from ..data.published import read_class_ratio, read_row_list
 from ..files import atomic_write, settings_of
@@ -209,10 +210,7 @@ def calibrate(rule: GenKL, validation: Sequence[Path], share: float) -> GenKL:
     if not usable.any():
         raise ValueError("calibrate: validation must have an image that can be used, got none")
     critical = np.asarray(rule.score([q[usable] for q in made]).critical_alpha)
-    reached = np.quantile(critical, 1 - share, method="higher")
-    # Rounded to float32 it may lie above the exact value, which decides.
-    alpha = float(np.nextafter(reached, np.float32(0)))
-    return dataclasses.replace(rule, alpha=alpha)
+    return dataclasses.replace(rule, alpha=alpha_reached_by(critical, share))
 
 
 def score(
