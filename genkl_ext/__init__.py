@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from .data import Manifest as Manifest
     from .rule import GenKL as GenKL
     from .rule import Scores as Scores
+    from .scoring import BatchScorer as BatchScorer
     from .scoring import score_files as score_files
     from .training.loop import run as run
 
     __version__: str
 
 _HOME = {
+    "BatchScorer": ".scoring",
     "GenKL": ".rule",
     "Manifest": ".data",
     "Scores": ".rule",
@@ -35,6 +37,7 @@ _HOME = {
 _MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
 
 __all__ = [
+    "BatchScorer",
     "GenKL",
     "Manifest",
     "Scores",

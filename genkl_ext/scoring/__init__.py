@@ -1,19 +1,23 @@
 """Predictions in files in, scores in a file out.
 
+    batches.py  BatchScorer: for the batches of a Ray Data or Spark job
     files.py    score_files: memory-mapped predictions -> one table, in bounded memory
     npy.py      prediction files: what they promise, checked, and their fingerprint
+    chunks.py   some rows scored, and those that are none
     keys.py     key lists, and the list of NC keys (``nc_set.txt``)
     tables.py   the table of scores as Parquet, CSV or NumPy file
 
 Nothing here needs torch; pyarrow is imported when a table is written.
 """
 
+from .batches import BatchScorer
 from .files import FileScores, rows_without_prediction, score_files
 from .keys import read_nc_list
 from .npy import Fingerprint
 from .tables import read_settings
 
 __all__ = [
+    "BatchScorer",
     "FileScores",
     "Fingerprint",
     "read_nc_list",
