@@ -5,6 +5,8 @@
     objective.py   the three-term training objective     scoring/      files in, table out
     data/          manifests, decoding, batches          training/     the loop, by recipes/
     demo/          the whole loop on digits              cli/          the ``genkl`` command
+    files.py       complete files or none                journal.py, unfinished.py   work that goes on
+    ranks.py       the processes of one job
 
 Importing this package loads neither torch nor DALI: names are resolved when first used.
 """

@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,21 @@ def remove_leftovers(folder: Path) -> None:
 
     Only for a folder in which nobody else is at work.
     """
-    for path in folder.rglob(".*.partial*"):
+    _remove(folder.rglob(".*.partial*"))
+
+
+def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of :func:`atomic_write` to one file.
+
+    Only for a file that nobody else is writing.
+    """
+    target = Path(os.path.realpath(path))
+    pattern = f".{glob.escape(_stem(target))}.*.partial{glob.escape(target.suffix)}"
+    _remove(target.parent.glob(pattern))
+
+
+def _remove(found: Iterable[Path]) -> None:
+    for path in found:
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 
@@ -164,14 +179,17 @@ def writable_target(path: str | os.PathLike[str]) -> Path:
 
 
 def _create_beside(target: Path) -> Path:
-    stem = target.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
-    temporary = target.with_name(f".{stem}.{os.urandom(6).hex()}.partial{target.suffix}")
+    temporary = target.with_name(f".{_stem(target)}.{os.urandom(6).hex()}.partial{target.suffix}")
     try:
         # Not tempfile: its files are readable by their owner only, and would stay so.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
         raise type(error)(f"cannot write {target}: {os.strerror(error.errno or 0)}") from error
     return temporary
+
+
+def _stem(target: Path) -> str:
+    return target.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
 
 
 def _sync(path: Path) -> None:

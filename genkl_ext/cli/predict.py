@@ -76,13 +76,13 @@ def predict(
     import numpy as np
 
     from ..data import Ledger
+    from ..ranks import join
     from ..training import networks, settings
     from ..training.loop import read_manifest
     from ..training.predict import predict as predict_images
-    from ..training.ranks import join
 
     engine = settings.Engine(accelerator, precision, predict_batch_size=batch_size)
-    ranks = join(engine)
+    ranks = join(engine.accelerator)
     manifest = read_manifest(settings.Data(root=source, num_classes=num_classes))
     images = manifest.split(split)
     if not len(images):

@@ -62,8 +62,8 @@ def run(
     )
     bar.close()
     if dry_run:
+        from ..ranks import join
         from ..training import plan
-        from ..training.ranks import join
 
         ranks = join()
         if ranks.first:
@@ -109,7 +109,7 @@ def show(summary: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..training.ranks import join
+    from ..ranks import join
 
     if not join().first:
         return

@@ -11,7 +11,7 @@ import numpy as np
 from .. import rule as rules
 from ..rule import GenKL
 from ..scoring.files import FileScores, score_files
-from ..scoring.npy import Predictions
+from ..scoring.sources import open_source
 from . import UsageError
 from .progress import Progress
 
@@ -102,7 +102,7 @@ def _rule(preset: str | None, settings: dict[str, Any], first_input: Path) -> Ge
     if missing:
         raise UsageError(f"without --preset, {', '.join(missing)} must be given")
     if "num_classes" not in settings:
-        with Predictions(first_input) as predictions:
+        with open_source(first_input) as predictions:
             settings["num_classes"] = predictions.shape[1]
     return GenKL(**settings)
 
@@ -111,8 +111,7 @@ def summary(result: FileScores, seconds: float) -> str:
     """What was found and how fast, for one screen."""
     from .. import _native
 
-    rows, classes = result.inputs[0].shape
-    models = len(result.inputs)
+    rows, classes, models = result.rows, result.rule.num_classes, result.models
     scores = result.scores
     of_models = f", {models} models averaged" if models > 1 else ""
     share = f" ({100 * result.nc_count / rows:.3g} %)" if rows else ""

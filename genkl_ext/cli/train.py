@@ -140,16 +140,16 @@ def _stage(
 
     from ..data import Ledger
     from ..files import exclusive
+    from ..ranks import join
     from ..training import recipe as recipes
     from ..training.loop import depends_on, pretrained_files, read_manifest
-    from ..training.ranks import join
     from ..training.records import Records, Stage
     from ..training.stages import Job
 
     settings = recipes.load(recipe, [f"data.root={json.dumps(data_root)}", *overrides])
     recipes.check(settings)
     manifest = read_manifest(settings.data)
-    ranks = join(settings.engine)
+    ranks = join(settings.engine.accelerator)
     unusable = np.zeros(len(manifest), bool)
     if ledger is not None:
         unusable[Ledger.load(ledger).rows_in(manifest)] = True

@@ -10,7 +10,7 @@
     order.py       which images make up which batch of which rank
     loader.py      make_loader: the batches         cpu.py, dali.py   what makes them
     scan.py        every file checked once          ledger.py         what was found broken
-    check.py       how one file is checked          journal.py        how a scan is resumed
+    check.py       how one file is checked
 
 Names are resolved when first used: reading a manifest needs pyarrow, and neither torch nor DALI.
 """

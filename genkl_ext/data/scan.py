@@ -30,11 +30,11 @@ import pyarrow as pa
 
 from .. import __version__
 from ..files import require_writable
+from ..journal import Journal
 from ..rule import processors
 from .check import check, check_apart, may_decode, verify
 from .decode import BrokenImage, Decoder, Limits, read
 from .folders import by_name, is_folder
-from .journal import Journal
 from .ledger import SCHEMA, Ledger
 from .manifest import SPLITS, Manifest, PathLike, Problem
 

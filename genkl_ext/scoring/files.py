@@ -1,14 +1,21 @@
-"""``score_files``: NC scores of predictions that lie on disk."""
+"""``score_files``: NC scores of predictions that lie on disk.
+
+A chunk of rows is read, scored and written while the next one is being read, so memory does not
+grow with the rows. What a long job has scored lies beside its table, in a file with a journal
+(``unfinished.py``), until the table is complete: a job that was killed goes on from there, and the
+processes of a job that ``torchrun`` or SLURM started share the chunks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,37 +24,148 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..files import atomic_write, require_writable
-from ..rule import GenKL, Scores, _describe_bad_row
+from ..files import atomic_write, remove_leftovers_of, require_writable
+from ..ranks import Ranks, join
+from ..rule import GenKL, Scores
+from ..unfinished import Unfinished
+from .chunks import OnBadRow, score_rows
 from .keys import Keys, write_nc_list
-from .npy import Fingerprint, Predictions, open_all
+from .sources import Fingerprint, Source, open_models, open_shards
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
 PathLike = str | os.PathLike[str]
 
 # Enough for every thread to have work for milliseconds, little enough to be no burden in memory.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
+# Of predictions: a job with fewer is done again sooner than its work is kept.
+RESUME_BYTES = 1 << 28
+
+_KINDS = {name: np.dtype(COLUMNS[name]) for name in LEFT_OUT}
+_ROW_BYTES = sum(kind.itemsize for kind in _KINDS.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class FileScores:
     """The scores of prediction files, and what it took to make them."""
 
-    scores: Scores  #: NumPy columns of N rows
-    inputs: tuple[Fingerprint, ...]  #: one per model
+    rule: GenKL
+    rows: int  #: N
+    models: int  #: M
+    inputs: tuple[Fingerprint, ...]  #: of every file, model by model
     out: Path | None  #: the table written
     nc_list: Path | None  #: the list of NC keys written
+    nc_count: int  #: how many rows are non-conforming
+    bad_rows: NDArray[np.int64]  #: rows that held no valid prediction, ascending
+    resumed: int  #: rows that an earlier, killed job had scored
     input_bytes: int  #: bytes of predictions read
     scoring_seconds: float  #: the pass: reading, scoring, and writing rows in the meantime
     finishing_seconds: float  #: after it: the end of the table, the list, syncing to disk
+    _columns: Mapping[str, Any] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return self.rows
 
     @property
-    def nc_count(self) -> int:
-        """How many rows are non-conforming."""
-        return int(np.count_nonzero(self.scores.nc))
+    def scores(self) -> Scores:
+        """NumPy columns of N rows: 21 bytes a row in memory, if it is asked for.
+
+        Raises:
+            ValueError: on another process of a job than the first.
+        """
+        if not self._columns:
+            raise ValueError("FileScores: the first process of the job has the scores")
+        columns = {name: self._columns[name][:] for name in _KINDS}
+        return Scores(**columns, rule=self.rule)
+
+    def column(self, name: str) -> Any:
+        """(N,) one column, of which slices can be had without the whole."""
+        return self._columns[name]
+
+
+class Column:
+    """A column of N rows that lies in pieces, in memory or in a file: ``column[start:stop]``."""
+
+    def __init__(
+        self, rows: int, piece: int, read: Callable[[int, int, int], NDArray[Any]]
+    ) -> None:
+        self._rows, self._piece, self._read = rows, piece, read
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, span: slice) -> NDArray[Any]:
+        start, stop, _ = span.indices(self._rows)
+        first, last = start // self._piece, max(start, stop - 1) // self._piece
+        pieces = []
+        for i in range(first, last + 1):
+            begin = i * self._piece
+            end = min(begin + self._piece, self._rows)
+            pieces.append(self._read(i, max(start, begin) - begin, min(stop, end) - begin))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class _InMemory:
+    """Where the scores of a short job are: nowhere else."""
+
+    resumed = 0
+    noted: Sequence[Any] = ()  # of an earlier job
+
+    def __init__(self, rows: int, batch_rows: int) -> None:
+        self.columns: dict[str, Any] = {n: np.empty(rows, kind) for n, kind in _KINDS.items()}
+        self._batch_rows = batch_rows
+        self._noted: list[Any] = []
+        self.todo = list(range(-(-rows // batch_rows)))
+
+    def write(self, batch: int, columns: Mapping[str, NDArray[Any]], noted: list[Any]) -> None:
+        start = batch * self._batch_rows
+        for name, column in columns.items():
+            self.columns[name][start : start + len(column)] = column
+        self._noted += noted
+
+    def gather(self) -> list[Any]:
+        return self._noted
+
+    def discard(self) -> None:
+        pass
+
+
+class _OnDisk:
+    """Where the scores of a long job are: in a file beside the table, until that is complete.
+
+    Batch b holds its six columns one after another.
+    """
+
+    def __init__(self, file: Unfinished, rows: int, batch_rows: int) -> None:
+        self._file, self._rows, self._batch_rows = file, rows, batch_rows
+        self.todo, self.resumed, self.noted = file.todo, file.resumed, file.noted
+        with open(file.partial, "rb") as partial:
+            # Once removed, the file is there as long as it is mapped.
+            self._map = mmap.mmap(partial.fileno(), 0, access=mmap.ACCESS_READ)
+        self.columns: dict[str, Any] = {
+            name: Column(rows, batch_rows, self._reader(name)) for name in _KINDS
+        }
+
+    def write(self, batch: int, columns: Mapping[str, NDArray[Any]], noted: list[Any]) -> None:
+        content = b"".join(columns[name].tobytes() for name in _KINDS)
+        self._file.write(batch, content, noted)
+
+    def gather(self) -> list[Any]:
+        return list(self._file.gather())
+
+    def discard(self) -> None:
+        self._file.discard()
+
+    def _reader(self, name: str) -> Callable[[int, int, int], NDArray[Any]]:
+        before = list(_KINDS)[: list(_KINDS).index(name)]
+        skipped = sum(_KINDS[other].itemsize for other in before)
+
+        def read(batch: int, start: int, stop: int) -> NDArray[Any]:
+            first = batch * self._batch_rows
+            rows = min(self._batch_rows, self._rows - first)
+            place = first * _ROW_BYTES + rows * skipped + start * _KINDS[name].itemsize
+            return np.frombuffer(self._map, _KINDS[name], stop - start, place)
+
+        return read
 
 
 def score_files(
@@ -59,20 +177,29 @@ def score_files(
     nc_list: PathLike | None = None,
     logits: bool = False,
     validate: bool = True,
+    on_bad_row: OnBadRow = "raise",
     leave_out: NDArray[np.bool_] | None = None,
+    one_model: bool = False,
+    column: str | Sequence[str] | None = None,
+    raw: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> FileScores:
     """Score prediction files in one pass and in bounded memory, and write the table of scores.
 
-    The files are mapped into memory and scored a chunk of rows at a time, so memory is 21 bytes a
-    row for the results, the key list where one is given, and a few chunks, whatever the input
-    is. Everything that can be known to be wrong (files, shapes, keys, outputs) is found before
-    the pass. Outputs appear complete, when all went well, or not at all.
+    Everything that can be known to be wrong (files, shapes, keys, outputs) is found before the
+    pass. Outputs appear complete, when all went well, or not at all. A job of more than 256 MiB of
+    predictions that was killed, or met an error, goes on where it was when it is started again
+    with the same inputs and settings, and ends with the same bytes.
+
+    Memory is a few chunks and one block of the table, whatever the input is; and the key list,
+    where one is given. (The rows of one row group at a time for Parquet; a short job keeps its 21
+    bytes of results a row.)
 
     Args:
-        inputs: one (N, k) ``.npy`` file of float16, float32 or float64, C or Fortran order, any
-            byte order; or M of them, of one shape and dtype, one per model, to be averaged.
+        inputs: the predictions of one model, or of M models, to be averaged: each a file of
+            ``sources.py`` (``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.arrow``,
+            ``.zarr``, ``.bin``), a pattern or a folder of shards, or a URL.
         rule: the rule to score with; its ``num_classes`` must be k.
         out: the table to write: ``.parquet``, ``.csv`` or ``.npy`` (``tables.py`` names its
             columns). An existing file is replaced.
@@ -81,20 +208,26 @@ def score_files(
             ``empty_set`` if there is none. Needs ``keys``.
         logits: the files hold logits; their softmax is taken in the same pass.
         validate: check every row in the same pass, as ``GenKL.score`` does.
+        on_bad_row: what a row that is no valid prediction does: "raise"; "nan": it is in the table
+            without a score (``tables.py`` says what it gets); "skip": it is not in the table.
         leave_out: (N,) bool, rows that have no prediction (:func:`rows_without_prediction` finds
-            them). Whatever the files hold there is not looked at; ``tables.py`` says what they get.
+            them). Whatever the files hold there is not looked at; they are treated as by "nan".
+        one_model: the inputs are shards of one model, in this order.
+        column: which array, tensor or column, where the files have several; or the k columns.
+        raw: dtype of ``.bin`` and ``.raw`` files.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
         progress: called with (rows done, N) after every chunk.
 
     Returns:
-        FileScores: the scores as NumPy columns, fingerprints of the inputs, times.
+        FileScores: counts, the scores, fingerprints of the inputs, times.
 
     Raises:
-        OSError: a file that cannot be read or written. ValueError: a file that is not what it
-        should be, or the first bad row. Both name the file.
+        OSError: a file that cannot be read or written, or another job at work on the same table.
+        ValueError: a file that is not what it should be, or the first bad row. Both name the file.
 
     Warns:
-        UserWarning: a key that appears more than once.
+        UserWarning: a key that appears more than once; unfinished work of other inputs or settings
+        was thrown away.
     """
     paths = _listed(inputs)
     if chunk_bytes < 1:
@@ -103,65 +236,116 @@ def score_files(
     list_ = _check_output("nc_list", nc_list, [*paths, keys])
     if list_ is not None and keys is None:
         raise ValueError("score: nc_list needs keys, the text file with one key per row")
+    ranks = join() if table is not None else Ranks()
 
     with ExitStack() as stack:
-        files = open_all(paths, stack)
+        named = None if raw is None else (raw, rule.num_classes)
+        if one_model:
+            files = [stack.enter_context(open_shards(paths, column=column, raw=named))]
+        else:
+            files = open_models(paths, stack, column=column, raw=named)
         rows, classes = files[0].shape
         if classes != rule.num_classes:
             raise ValueError(
-                f"score: {files[0].path} must have rule.num_classes = {rule.num_classes} columns, "
+                f"score: {files[0].name} must have rule.num_classes = {rule.num_classes} columns, "
                 f"got shape {files[0].shape}"
             )
         if leave_out is not None:
             _check_mask(leave_out, rows)
         key_list = None if keys is None else _read_keys(keys, rows)
-        fingerprints = tuple(file.fingerprint() for file in files)
-        columns = _columns(rows)
+        fingerprints = tuple(f for file in files for f in file.fingerprints())
+        settings = {
+            "version": __version__,
+            "rule": {f.name: _plain(getattr(rule, f.name)) for f in dataclasses.fields(rule)},
+            "logits": logits,
+            "validate": validate,
+            "on_bad_row": on_bad_row,
+            "models": len(files),
+            # Not when they were modified: predictions made again give the same table.
+            "inputs": [
+                {**dataclasses.asdict(f), "shape": list(f.shape), "modified": None}
+                for f in fingerprints
+            ],
+            "keys": None if key_list is None else key_list.fingerprint(),
+            "leave_out": None if leave_out is None else _mask_fingerprint(leave_out),
+        }
+        input_bytes = sum(file.nbytes for file in files)
+        batch_rows = max(1, chunk_bytes * rows // max(1, input_bytes))
+        kept: _InMemory | _OnDisk
+        if table is None or (ranks.size == 1 and input_bytes < RESUME_BYTES) or rows == 0:
+            kept = _InMemory(rows, batch_rows)
+            if not ranks.first:
+                kept.todo = []
+        else:
+            unfinished = stack.enter_context(
+                Unfinished(
+                    table,
+                    {**settings, "batch_rows": batch_rows},
+                    rows=rows,
+                    row_bytes=_ROW_BYTES,
+                    batch_size=batch_rows,
+                    ranks=ranks,
+                    name="score",
+                )
+            )
+            kept = _OnDisk(unfinished, rows, batch_rows)
+            if ranks.first:
+                for path in filter(None, (table, list_)):
+                    remove_leftovers_of(path)
 
         # Left in the opposite order: the table is ended, then put in its place if all went well.
         writer = None
-        if table is not None:
-            temporary = stack.enter_context(atomic_write(table))
-            settings = {
-                "version": __version__,
-                "rule": {f.name: _plain(getattr(rule, f.name)) for f in dataclasses.fields(rule)},
-                "logits": logits,
-                "validate": validate,
-                # Not when they were modified: predictions made again give the same table.
-                "inputs": [
-                    {k: v for k, v in dataclasses.asdict(f).items() if k != "modified"}
-                    for f in fingerprints
-                ],
-                "keys": None if key_list is None else key_list.fingerprint(),
-                "leave_out": None if leave_out is None else _mask_fingerprint(leave_out),
-            }
-            writer = stack.enter_context(TableWriter(temporary, columns, key_list, settings))
+        skipped = None
+        if on_bad_row == "skip":
+            skipped = np.zeros(rows, bool)
+            skipped[_ranges(kept.noted)] = True
         start = time.perf_counter()
-        chunk_rows = max(1, chunk_bytes // (classes * files[0].dtype.itemsize * len(files)))
-        _score(files, rule, logits, validate, leave_out, chunk_rows, columns, writer, progress)
-        scored = time.perf_counter()
-        for file in files:
-            file.check_unchanged()
-        if list_ is not None and key_list is not None:
-            write_nc_list(stack.enter_context(atomic_write(list_)), key_list, columns["nc"])
-        input_bytes = sum(file.nbytes for file in files)
+        with ExitStack() as outputs:
+            if table is not None and ranks.first:
+                temporary = outputs.enter_context(atomic_write(table))
+                writer = outputs.enter_context(
+                    TableWriter(temporary, kept.columns, key_list, settings, skipped)
+                )
+            job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows)
+            # Others fill rows of the table, too, and nobody knows when.
+            meanwhile = writer if ranks.size == 1 else None
+            job.run(kept, meanwhile, skipped, ranks, progress)
+            for file in files:
+                file.check_unchanged()
+            bad = _ranges(kept.gather())
+            scored = time.perf_counter()
+            nc_count = 0
+            if ranks.first:
+                if skipped is not None:
+                    skipped[bad] = True
+                if writer is not None:
+                    writer.advance(rows)
+                nc = kept.columns["nc"]
+                nc_count = sum(
+                    int(np.count_nonzero(nc[i : i + batch_rows]))
+                    for i in range(0, rows, batch_rows)
+                )
+                if list_ is not None and key_list is not None:
+                    write_nc_list(outputs.enter_context(atomic_write(list_)), key_list, nc)
+        kept.discard()
+        if ranks.size > 1:
+            nc_count, found = ranks.broadcast([nc_count, bad.tolist()])
+            bad = np.array(found, np.int64)
 
     return FileScores(
-        scores=Scores(
-            critical_alpha=columns["critical_alpha"],
-            divergence=columns["divergence"],
-            votes=columns["votes"],
-            nc=columns["nc"],
-            top_class=columns["top_class"],
-            top_prob=columns["top_prob"],
-            rule=rule,
-        ),
+        rule=rule,
+        rows=rows,
+        models=len(files),
         inputs=fingerprints,
         out=table,
         nc_list=list_,
+        nc_count=nc_count,
+        bad_rows=bad,
+        resumed=kept.resumed,
         input_bytes=input_bytes,
         scoring_seconds=scored - start,
         finishing_seconds=time.perf_counter() - scored,
+        _columns=kept.columns if ranks.first else {},
     )
 
 
@@ -184,17 +368,15 @@ def rows_without_prediction(
     """
     paths = _listed(inputs)
     with ExitStack() as stack:
-        files = open_all(paths, stack)
+        files = open_models(paths, stack)
         missing = np.zeros(files[0].shape[0], bool)
         for file in files:
-            step = max(1, chunk_bytes // max(1, file.shape[1] * file.dtype.itemsize))
+            step = max(1, chunk_bytes * len(missing) // max(1, file.nbytes))
             for start in range(0, len(missing), step):
                 rows = file.rows(start, min(start + step, len(missing)))
                 # Nearly every row is cleared by its first entry.
                 begins_so = np.flatnonzero(np.isnan(rows[:, :1]).any(axis=1))
                 missing[start + begins_so[np.isnan(rows[begins_so]).all(axis=1)]] = True
-                del rows
-                file.release(start, min(start + step, len(missing)))
     return missing
 
 
@@ -205,62 +387,99 @@ def _listed(inputs: PathLike | Sequence[PathLike]) -> list[PathLike]:
     return paths
 
 
-def _columns(rows: int) -> dict[str, NDArray[Any]]:
-    kinds = {name: kind for name, kind in COLUMNS.items() if name not in ("row", "key")}
-    return {name: np.empty(rows, kind) for name, kind in kinds.items()}
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass over the predictions."""
 
+    files: list[Source]
+    rule: GenKL
+    logits: bool
+    validate: bool
+    on_bad_row: OnBadRow
+    leave_out: NDArray[np.bool_] | None
+    batch_rows: int
 
-def _score(
-    files: list[Predictions],
-    rule: GenKL,
-    logits: bool,
-    validate: bool,
-    leave_out: NDArray[np.bool_] | None,
-    chunk_rows: int,
-    columns: dict[str, NDArray[Any]],
-    writer: TableWriter | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Fill the columns chunk by chunk. While this thread scores a chunk, a second brings the next
-    one into memory and a third writes the rows of the last."""
-    rows = len(columns["votes"])
-    nowhere = np.empty(0, np.int64)
-    with ThreadPoolExecutor(2, "genkl-score") as pool:
-        written = pool.submit(lambda: None)
-        for start in range(0, rows, chunk_rows):
-            stop = min(start + chunk_rows, rows)
-            read = pool.submit(_prefetch, files, stop, min(stop + chunk_rows, rows))
-            models = [file.rows(start, stop) for file in files]
-            left_out = nowhere if leave_out is None else np.flatnonzero(leave_out[start:stop])
-            if len(left_out):
-                models = [_with_one_hot(model, left_out) for model in models]
-            chunk = rule._score(models, logits=logits, validate=validate)
-            bad = int(chunk._first_bad_row)
-            if bad >= 0:
-                names = [str(file.path) for file in files]
-                raise ValueError(_describe_bad_row(models, bad, logits, names, first_row=start))
-            for name, column in columns.items():
-                column[start:stop] = getattr(chunk, name)
-                if len(left_out):
-                    column[start + left_out] = LEFT_OUT[name]
-            read.result()
-            written.result()
+    def run(
+        self,
+        kept: _InMemory | _OnDisk,
+        writer: TableWriter | None,
+        skipped: NDArray[np.bool_] | None,
+        ranks: Ranks,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Score the batches to do. While this thread scores one, a second reads the next, and a
+        third keeps the last and writes its rows."""
+        rows = self.files[0].shape[0]
+        names = [file.name for file in self.files]
+        done = kept.resumed
+        if progress is not None and done:
+            progress(done, rows)
+
+        def keep(batch: int, columns: Mapping[str, NDArray[Any]], bad: NDArray[np.int64]) -> None:
+            first = batch * self.batch_rows
+            noted = [[int(a), int(b)] for a, b in _spans(first + bad)]
+            kept.write(batch, columns, noted)
+            if skipped is not None:
+                skipped[first + bad] = True
             if writer is not None:
-                written = pool.submit(writer.advance, stop)
-            for file in files:
-                file.release(start, stop)
-            if progress is not None:
-                progress(stop, rows)
-        written.result()
+                writer.advance(min(first + self.batch_rows, rows))
+
+        with ThreadPoolExecutor(2, "genkl-score") as pool:
+            written: Future[None] = pool.submit(lambda: None)
+            for batch, models in _read_ahead(pool, kept.todo, self._read):
+                first = batch * self.batch_rows
+                n = len(models[0])
+                missing = None
+                if self.leave_out is not None:
+                    missing = np.flatnonzero(self.leave_out[first : first + n])
+                columns, bad = score_rows(
+                    models,
+                    self.rule,
+                    logits=self.logits,
+                    validate=self.validate,
+                    missing=missing,
+                    on_bad_row=self.on_bad_row,
+                    names=names,
+                    first_row=first,
+                )
+                written.result()
+                written = pool.submit(keep, batch, columns, bad)
+                done += n * ranks.size  # the other processes are as far, more or less
+                if progress is not None:
+                    progress(min(done, rows), rows)
+            written.result()
+
+    def _read(self, batch: int) -> list[Any]:
+        start = batch * self.batch_rows
+        stop = min(start + self.batch_rows, self.files[0].shape[0])
+        return [file.rows(start, stop) for file in self.files]
 
 
-def _with_one_hot(model: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
-    """A copy with a prediction in rows that have none. Rows do not see each other, so it does not
-    matter which."""
-    model = model.copy(order="K")
-    model[rows] = 0
-    model[rows, 0] = 1
-    return model
+def _read_ahead(
+    pool: ThreadPoolExecutor, batches: Sequence[int], read: Callable[[int], list[Any]]
+) -> Iterator[tuple[int, list[Any]]]:
+    """The batches in order, each read while the one before is in use."""
+    if not batches:
+        return
+    coming = pool.submit(read, batches[0])
+    for batch, after in zip(batches, [*batches[1:], None], strict=True):
+        models = coming.result()
+        if after is not None:
+            coming = pool.submit(read, after)
+        yield batch, models
+
+
+def _spans(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Runs of consecutive rows: first, and one after the last."""
+    if not len(rows):
+        return []
+    ends = np.flatnonzero(np.diff(rows) != 1)
+    firsts = rows[np.concatenate([[0], ends + 1])]
+    return list(zip(firsts.tolist(), (rows[np.append(ends, -1)] + 1).tolist(), strict=True))
+
+
+def _ranges(noted: Sequence[Any]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in noted)])
 
 
 def _check_mask(leave_out: NDArray[np.bool_], rows: int) -> None:
@@ -273,11 +492,6 @@ def _check_mask(leave_out: NDArray[np.bool_], rows: int) -> None:
 def _mask_fingerprint(leave_out: NDArray[np.bool_]) -> dict[str, Any]:
     digest = hashlib.blake2b(np.packbits(leave_out).tobytes(), digest_size=16).hexdigest()
     return {"rows": int(np.count_nonzero(leave_out)), "digest": digest}
-
-
-def _prefetch(files: list[Predictions], start: int, stop: int) -> None:
-    for file in files:
-        file.prefetch(start, stop)
 
 
 def _check_output(

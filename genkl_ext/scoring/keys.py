@@ -93,19 +93,25 @@ class Keys:
             raise ValueError(f"score: {self.path} is not UTF-8 text in line {line}") from error
 
 
-def write_nc_list(path: Path, keys: Keys, nc: NDArray[np.bool_]) -> None:
+def write_nc_list(path: Path, keys: Keys, nc: Any) -> None:
     """The keys of the NC rows in file order, one per line; ``empty_set`` if there is none.
 
     The published programs write the same lines in no fixed order, and stumble over a list
     without lines.
+
+    Args:
+        nc: (N,) bool, of which slices are taken.
     """
+    found = False
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        if not nc.any():
-            file.write(EMPTY_SET + "\n")
         for start in range(0, len(nc), BLOCK_ROWS):
             block = nc[start : start + BLOCK_ROWS]
             lines = keys.slice(start, start + len(block))
-            file.writelines(lines[i] + "\n" for i in np.flatnonzero(block))
+            rows = np.flatnonzero(block)
+            file.writelines(lines[i] + "\n" for i in rows)
+            found |= len(rows) > 0
+        if not found:
+            file.write(EMPTY_SET + "\n")
 
 
 def read_nc_list(path: str | os.PathLike[str]) -> list[str]:

@@ -66,9 +66,10 @@ class TableWriter:
 
     Args:
         path: the file to write; its suffix chooses the format.
-        columns: the columns but ``row`` and ``key``, preallocated, N rows each.
+        columns: the columns but ``row`` and ``key``, N rows each, of which slices are taken.
         keys: the key column, or None.
         settings: go with the table as JSON where the format has room.
+        skipped: (N,) bool, rows that are not in the table; filled as the columns are.
 
     Raises:
         OSError: from writing.
@@ -77,11 +78,13 @@ class TableWriter:
     def __init__(
         self,
         path: Path,
-        columns: Mapping[str, NDArray[Any]],
+        columns: Mapping[str, Any],
         keys: Keys | None,
         settings: Mapping[str, Any],
+        skipped: NDArray[np.bool_] | None = None,
     ) -> None:
         require_suffix(path)
+        self._skipped = skipped
         self._columns = columns
         self._rows = len(columns["votes"])
         self._keys = keys
@@ -105,6 +108,9 @@ class TableWriter:
             if self._keys is not None:
                 block["key"] = self._keys.slice(start, stop)
             block.update({name: column[start:stop] for name, column in self._columns.items()})
+            if self._skipped is not None and self._skipped[start:stop].any():
+                there = ~self._skipped[start:stop]
+                block = {name: np.asarray(column)[there] for name, column in block.items()}
             self._sink.write(block)
             self._written = stop
 
@@ -169,6 +175,10 @@ class _NpySink:
         kinds = {**COLUMNS, "key": f"U{max(longest_key, 1)}"}
         self._dtype = np.dtype([(name, kinds[name]) for name in names])
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self._rows = 0
+        self._write_header(rows)
+
+    def _write_header(self, rows: int) -> None:
         header = {
             "descr": np.lib.format.dtype_to_descr(self._dtype),
             "fortran_order": False,
@@ -184,9 +194,13 @@ class _NpySink:
             for name in self._dtype.names or ():
                 records[name] = block[name][piece]
             self._file.write(records.data)
+        self._rows += rows
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            # NumPy leaves room in the header for any number of rows.
+            self._file.seek(0)
+            self._write_header(self._rows)
 
 
 def _schema(names: Sequence[str], metadata: dict[bytes, bytes] | None) -> pa.Schema:

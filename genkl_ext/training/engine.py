@@ -40,8 +40,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..files import atomic_write
+from ..ranks import Ranks
 from .checkpoints import AtomicCheckpointIO, read_checkpoint, save_weights
-from .ranks import Ranks
 from .settings import Engine, Fit, Optimizer
 
 BEST, LAST, METRICS, STEPS = "best.safetensors", "last.ckpt", "metrics.csv", "steps.csv"
@@ -184,7 +184,7 @@ class _Task:
 
     @property
     def device(self) -> torch.device:
-        return self.ranks.device(self.engine)
+        return self.ranks.device(self.engine.accelerator)
 
     @property
     def about(self) -> dict[str, Any]:

@@ -45,10 +45,10 @@ from ..data import Ledger, Manifest, layouts
 from ..data.published import read_row_list
 from ..data.scan import scan
 from ..files import atomic_write, exclusive, remove_leftovers
-from ..scoring.npy import open_all
+from ..ranks import Ranks, join
+from ..scoring.sources import open_models
 from . import networks, stages
 from . import recipe as recipes
-from .ranks import Ranks, join
 from .records import Facts, Planned, Records, Say, Stage
 from .settings import Data, Fit, Recipe
 from .stages import Job, Progress
@@ -113,7 +113,7 @@ def run(
     more = [] if data_root is None else [f"data.root={json.dumps(os.fspath(data_root))}"]
     settings = recipes.load(recipe, [*more, *overrides])
     recipes.check(settings)
-    ranks = join(settings.engine)
+    ranks = join(settings.engine.accelerator)
     quiet: Say = say if ranks.first else lambda line: None
     folder = Path(out)
     with ExitStack() as stack:
@@ -241,10 +241,10 @@ class _Run:
         average = recipe.members.average
         with ExitStack() as stack:
             files = [*recipe.members.predictions, *([] if average is None else [average])]
-            for file in open_all(files, stack):
+            for file in open_models(files, stack):
                 if file.shape != wanted:
                     raise ValueError(
-                        f"run: {file.path} must have a row for each noisy image and a column for "
+                        f"run: {file.name} must have a row for each noisy image and a column for "
                         f"each class, {wanted}, got {file.shape}"
                     )
         for name in ("members", "training", "finetune"):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..ranks import Ranks
 from . import networks
 from .loop import Summary
-from .ranks import Ranks
 from .settings import Recipe
 
 _SECONDS = 3.0  # of measuring each kind of pass
@@ -64,7 +64,7 @@ def describe(summary: Summary, cost: Cost, ranks: Ranks) -> list[str]:
 
 def measure(recipe: Recipe, num_classes: int, ranks: Ranks) -> Cost:
     """Time the recipe's network on random pixels, for some seconds."""
-    device = ranks.device(recipe.engine)
+    device = ranks.device(recipe.engine.accelerator)
     network = networks.build(
         dataclasses.replace(recipe.network, pretrained=None), num_classes, 0
     ).to(device)

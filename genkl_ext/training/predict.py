@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -36,13 +37,14 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data import ImageError, Manifest, make_loader
 from ..data.loader import Failure
-from .ranks import Ranks
+from ..ranks import Ranks
+from ..unfinished import Unfinished
 from .settings import Data, Engine
-from .unfinished import Broken, Unfinished
 
 PART = 8  # images that a thread of the CPU takes through the network together
 CHUNK_BYTES = 64 << 20  # of predictions that ``accuracy`` looks at together
 
+Broken = tuple[int, str, str]  # an image that cannot be used: row, reason, detail
 Wait = Callable[[], NDArray[np.float32]]  # for the (n, k) softmax of a batch that was begun
 
 
@@ -109,7 +111,7 @@ def predict(
         raise ValueError(
             f"predict: unusable must be ({n},) booleans, got {known.shape} {known.dtype}"
         )
-    device = ranks.device(engine)
+    device = ranks.device(engine.accelerator)
     network = network.to(device).eval()
     eager = _eager(network)
     reading = _Reading(
@@ -137,7 +139,15 @@ def predict(
     k = _softmax(eager, reading.blank(), engine.precision).shape[1]
 
     with (
-        Unfinished(out, about, (n, k), dtype, reading.batch_size, ranks) as file,
+        Unfinished(
+            out,
+            about,
+            rows=n,
+            row_bytes=k * np.dtype(dtype).itemsize,
+            batch_size=reading.batch_size,
+            ranks=ranks,
+            header=_header((n, k), dtype),
+        ) as file,
         _computing(network, device, engine.precision, reading.threads) as begin,
         closing(reading.batches(manifest, known, file.todo)) as batches,
     ):
@@ -151,12 +161,20 @@ def predict(
                     f"predict: the network's softmax must be finite, got NaN for row {row}, {key!r}"
                 )
             q[~batch.ok] = np.nan
-            file.write(batch.number, q.astype(dtype), batch.broken)
+            file.write(batch.number, np.ascontiguousarray(q, dtype), batch.broken)
             done += len(q) * ranks.size  # the other processes are as far, more or less
             if progress is not None:
                 progress(min(done, n), n)
-        broken = file.complete()
+        broken = [(row, reason, detail) for row, reason, detail in file.complete()]
     return Predicted(out, n, k, _failures(manifest, broken), file.resumed)
+
+
+def _header(shape: tuple[int, int], dtype: str) -> bytes:
+    """The first bytes of an ``.npy`` file."""
+    about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, about)
+    return buffer.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)

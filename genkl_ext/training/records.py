@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
-from .ranks import Ranks
+from ..ranks import Ranks
 
 FILE = "records.json"
 _SHOWN = 3  # changed settings in a line

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from genkl_ext import unfinished
 from genkl_ext.cli.main import main
 from genkl_ext.data import Manifest, Transforms, examples
-from genkl_ext.training import networks, predict, unfinished
+from genkl_ext.ranks import Ranks
+from genkl_ext.training import networks, predict
 from genkl_ext.training.checkpoints import save_weights
-from genkl_ext.training.ranks import Ranks
 from genkl_ext.training.settings import Data, Engine, Network
 
 # A network of one's own, for --network own:build.

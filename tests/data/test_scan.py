@@ -27,7 +27,7 @@ from genkl_ext.data.decode import (
     read,
     verify_jpeg,
 )
-from genkl_ext.data.journal import Journal
+from genkl_ext.journal import Journal
 from genkl_ext.data.ledger import Ledger
 from genkl_ext.data.manifest import Manifest
 from genkl_ext.data.scan import CHUNK, LONGEST_DETAIL, Scan, files_below, scan

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from genkl_ext import unfinished
 from genkl_ext.data import ImageError, Manifest, Transforms
+from genkl_ext.ranks import Ranks
 from genkl_ext.training import predict as predict_module
-from genkl_ext.training import unfinished
 from genkl_ext.training.predict import Accuracy, accuracy, predict
-from genkl_ext.training.ranks import Ranks
 from genkl_ext.training.settings import Data, Engine
 
 CLASSES = 5
@@ -502,7 +502,7 @@ FORKS = """
 import os, random, signal, sys, time
 import test_predict as t
 from genkl_ext.data import cpu
-from genkl_ext.training import unfinished
+from genkl_ext import unfinished
 
 folder = t.Path(sys.argv[1])
 manifest = t.pictures(folder / "pictures", 43)
@@ -609,12 +609,12 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 JOB = """
 import json, os, signal, sys
 import test_predict as t
-from genkl_ext.training import unfinished
-from genkl_ext.training.ranks import join
+from genkl_ext import unfinished
+from genkl_ext.ranks import join
 
 folder, kill_at = t.Path(sys.argv[1]), int(sys.argv[2])
 unfinished.MARK_SECONDS = 0
-ranks = join(t.ENGINE)
+ranks = join(t.ENGINE.accelerator)
 manifest = t.Manifest.load(folder / "manifest.parquet")
 
 

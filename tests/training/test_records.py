@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genkl_ext.training.ranks import Ranks
+from genkl_ext.ranks import Ranks
 from genkl_ext.training.records import FILE, Records, Stage
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genkl_ext.training import ranks as ranks_module
-from genkl_ext.training.ranks import Ranks, join
-from genkl_ext.training.settings import Engine
+from genkl_ext import ranks as ranks_module
+from genkl_ext.ranks import Ranks, join
 
 # What every process of the job does; it leaves what it saw in a file of its own.
 PROGRAM = """
@@ -33,8 +32,7 @@ def left():
 atexit.register(left)  # runs after all that is registered from here on
 
 from lightning.pytorch import LightningModule, Trainer
-from genkl_ext.training.ranks import join
-from genkl_ext.training.settings import Engine
+from genkl_ext.ranks import join
 
 class Module(LightningModule):
     def __init__(self):
@@ -47,7 +45,7 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 1.0)
 
 def main():
-    ranks = join(Engine("cpu"))
+    ranks = join("cpu")
     world = dist.group.WORLD
     seen["ranks"] = [ranks.rank, ranks.size, ranks.local_rank, ranks.local_size]
     seen["first"] = ranks.first
@@ -154,7 +152,7 @@ def test_lightning_uses_the_same_group(seen: list[dict]) -> None:
 
 FAILING = """
 import os, signal, sys
-from genkl_ext.training.ranks import join
+from genkl_ext.ranks import join
 
 ranks = join()
 print(ranks.rank, ranks.size, ranks.local_rank, ranks.local_size, flush=True)
@@ -222,7 +220,7 @@ def test_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     ranks = Ranks(local_rank, 2, local_rank, 2)
-    assert str(ranks.device(Engine(accelerator=accelerator))) == device
+    assert str(ranks.device(accelerator)) == device
 
 
 @pytest.mark.parametrize(("gpus", "accelerator"), [(0, "gpu"), (1, "gpu"), (1, "auto")])
@@ -231,7 +229,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, accelerator: s
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     message = rf"accelerator '{accelerator}' needs a GPU for each process .*, got {gpus} for 2$"
     with pytest.raises(ValueError, match=message):
-        Ranks(1, 2, 1, 2).device(Engine(accelerator=accelerator))
+        Ranks(1, 2, 1, 2).device(accelerator)
 
 
 def test_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

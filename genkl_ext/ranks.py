@@ -1,13 +1,14 @@
 """The processes of one job: ``torchrun`` or SLURM starts them, ``join`` makes them known to each
 other.
 
-    ranks = join(engine)              # Ranks(rank=1, size=2, local_rank=1, local_size=2)
+    ranks = join("cpu")               # Ranks(rank=1, size=2, local_rank=1, local_size=2)
     if ranks.first:
         path.write_text(...)
     ranks.barrier()                   # now every process can read it
 
-Without a launcher there is one process, and nothing here costs anything. A process that fails must
-end: its connections close, and the others, where they wait for it, fail with a ``ConnectionError``.
+Without a launcher there is one process, and nothing here costs anything, nor imports torch. A
+process that fails must end: its connections close, and the others, where they wait for it, fail
+with a ``ConnectionError``.
 ``torchrun`` ends the others besides, wherever they are, and so does ``srun --kill-on-bad-exit``.
 """
 
@@ -20,13 +21,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+from .rule import processors
 
-from ..rule import processors
-from .settings import Engine
+if TYPE_CHECKING:
+    import torch
 
 # The first process scans, scores and relabels alone, for hours where the data are many; the others
 # wait. Gradients keep torch's own, shorter limits.
@@ -73,6 +73,9 @@ class Ranks:
         """
         text = json.dumps(value).encode() if self.first else b""
         if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
             with _company(self):
                 length = torch.tensor(len(text))
                 dist.broadcast(length, 0, group=_group)
@@ -89,27 +92,35 @@ class Ranks:
         Raises:
             ConnectionError: another process has ended.
         """
+        if self.size == 1:
+            return [float(number) for number in numbers]
+        import torch
+        import torch.distributed as dist
+
         mine = torch.tensor([*numbers, 0.0], dtype=torch.float64)  # torch gathers nothing empty
-        everyones = [mine]
-        if self.size > 1:
-            everyones = [torch.empty_like(mine) for _ in range(self.size)]
-            with _company(self):
-                dist.all_gather(everyones, mine, group=_group)
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        with _company(self):
+            dist.all_gather(everyones, mine, group=_group)
         sums: list[float] = torch.stack(everyones).sum(dim=0).tolist()
         return sums[:-1]
 
-    def device(self, engine: Engine) -> torch.device:
+    def device(self, accelerator: str = "auto") -> torch.device:
         """Where this process computes: the CPU, or the GPU of its own number.
 
+        Args:
+            accelerator: "cpu"; "gpu"; "auto": GPUs where there are any.
+
         Raises:
-            ValueError: ``engine.accelerator`` is "gpu" and this process has none.
+            ValueError: a GPU is wanted, and this process has none.
         """
+        import torch
+
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if engine.accelerator == "cpu" or (engine.accelerator == "auto" and not gpus):
+        if accelerator == "cpu" or (accelerator == "auto" and not gpus):
             return torch.device("cpu")
         if self.local_rank >= gpus:
             raise ValueError(
-                f"engine: accelerator {engine.accelerator!r} needs a GPU for each process of a "
+                f"engine: accelerator {accelerator!r} needs a GPU for each process of a "
                 f"machine, got {gpus} for {self.local_size}"
             )
         return torch.device("cuda", self.local_rank)
@@ -119,14 +130,14 @@ _joined: Ranks | None = None
 _group: Any = None  # for what is said here; gradients have the default group
 
 
-def join(engine: Engine | None = None) -> Ranks:
+def join(accelerator: str = "auto") -> Ranks:
     """This process among those that ``torchrun`` or ``srun`` started; alone without them.
 
     Makes torch's default process group, which Lightning then uses: NCCL for tensors on GPUs, Gloo
     for those on CPUs. A later call gives the same ranks.
 
     Args:
-        engine: whether the job computes on GPUs; None: where there are any.
+        accelerator: as for :meth:`Ranks.device`.
 
     Raises:
         ConnectionError: the processes do not find each other. ValueError: the launcher's variables
@@ -135,13 +146,13 @@ def join(engine: Engine | None = None) -> Ranks:
     global _joined
     if _joined is None:
         launched = _launched()
-        _joined = launched if launched.size == 1 else _meet(launched, engine or Engine())
+        _joined = launched if launched.size == 1 else _meet(launched, accelerator)
     return _joined
 
 
 def _launched() -> Ranks:
     """What the launcher says, in the order in which Lightning asks; alone without one."""
-    if dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return Ranks(*(int(os.environ[name]) for name in names))
     if "SLURM_NTASKS" not in os.environ:
@@ -160,9 +171,11 @@ def _launched() -> Ranks:
     return Ranks(slurm.global_rank(), slurm.world_size(), slurm.local_rank(), local_size)
 
 
-def _meet(ranks: Ranks, engine: Engine) -> Ranks:
+def _meet(ranks: Ranks, accelerator: str) -> Ranks:
+    import torch.distributed as dist
+
     global _group
-    gpu = ranks.device(engine).type == "cuda"
+    gpu = ranks.device(accelerator).type == "cuda"
     with _company(ranks):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=ranks.rank, world_size=ranks.size
@@ -178,6 +191,8 @@ def _leave() -> None:
     One that lets go of a tensor later aborts the process, however well its work went. They end with
     their group, and a group ends when nobody holds it: so nobody but this module holds ours.
     """
+    import torch.distributed as dist
+
     global _group
     _group = None
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..files import open_locked
+from .files import open_locked
 
 
 class Journal:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from genkl_ext.training.ranks import Ranks
-from genkl_ext.training.unfinished import Unfinished
+from genkl_ext.ranks import Ranks
+from genkl_ext.unfinished import Unfinished
 
 ABOUT = {"network": "a", "dtype": "float32", "batch_size": 2}
 
@@ -26,23 +26,27 @@ def second(said: Any) -> Ranks:
     return Second(1, 2, 1, 2, said=said)
 
 
+def unfinished(folder: Path, rows: int, ranks: Ranks) -> Unfinished:
+    return Unfinished(folder / "q.npy", ABOUT, rows=rows, row_bytes=12, batch_size=2, ranks=ranks)
+
+
 def test_processes_with_different_networks(tmp_path: Path) -> None:
     message = r"^predict: network must be the same on all processes, process 1 has another than "
     ranks = second([[], {**ABOUT, "network": "b"}])
     with pytest.raises(ValueError, match=message):
-        Unfinished(tmp_path / "q.npy", ABOUT, (5, 3), "float32", 2, ranks)
+        unfinished(tmp_path, 5, ranks)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_with_different_disks(tmp_path: Path) -> None:
     message = r"^cannot write .*/q\.npy: its folder must be the same for all processes, and process"
     with pytest.raises(FileNotFoundError, match=message):
-        Unfinished(tmp_path / "q.npy", ABOUT, (5, 3), "float32", 2, second([[], ABOUT]))
+        unfinished(tmp_path, 5, second([[], ABOUT]))
 
 
 def test_shares_of_what_is_left(tmp_path: Path) -> None:
     (tmp_path / ".q.npy.partial").write_bytes(b"")
     ranks = second([[1, 5, 6], ABOUT])
-    with Unfinished(tmp_path / "q.npy", ABOUT, (13, 3), "float32", 2, ranks) as file:
+    with unfinished(tmp_path, 13, ranks) as file:
         assert file.todo == [2, 4]  # of 0, 2, 3, 4
         assert file.resumed == 5  # the last batch has one row

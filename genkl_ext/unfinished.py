@@ -1,7 +1,7 @@
-"""``Unfinished``: an (N, k) ``.npy`` file that the processes of a job fill, batch by batch.
+"""``Unfinished``: a file of rows that the processes of a job fill, batch by batch.
 
     .NAME.partial      the file as it will be; rows that are not there yet are 0
-    .NAME.journal-R    what process R has filled: finished batches, and images met broken
+    .NAME.journal-R    what process R has filled: finished batches, and what was noted of them
 
 Both lie beside the target, and neither is left when it is complete. A job that is started again,
 with any number of processes, takes up what is there if it would fill the same file, and begins
@@ -11,25 +11,24 @@ anew if not.
 from __future__ import annotations
 
 import glob
-import io
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..data.journal import Journal
-from ..files import sync_folder, writable_target
+from .files import sync_folder, writable_target
+from .journal import Journal
 from .ranks import Ranks
 
 MARK_SECONDS = 5.0  # of work that a killed job may lose; a sync then costs next to nothing
 _VOID = None  # a part of a journal: those before it are of a file that is no more
 
-Broken = tuple[int, str, str]  # an image that cannot be used: row, reason, detail
+Noted = Sequence[Any]  # of some rows: the first row, then what there is to say, as JSON knows it
 
 
 class Unfinished:
@@ -38,14 +37,18 @@ class Unfinished:
     Args:
         out: the target. A file that is there stays until the new one is complete.
         about: what the content depends on, as JSON knows it; the same on all processes.
-        shape: (N, k).
-        dtype: "float32" or "float16".
+        rows: N.
+        row_bytes: of each.
         batch_size: batch b is rows b * batch_size and following.
         ranks: of the job.
+        header: bytes before the first row.
+        name: of the work, for messages.
 
     Attributes:
         todo: the batches that this process has to fill, ascending.
         resumed: rows that an earlier job has left.
+        noted: what it has noted of them, by row; on the first process.
+        partial: the file that is being filled.
 
     Raises:
         OSError: the target cannot be written, or another job is at work on it. ValueError: this
@@ -59,23 +62,28 @@ class Unfinished:
         self,
         out: Path,
         about: dict[str, Any],
-        shape: tuple[int, int],
-        dtype: str,
+        *,
+        rows: int,
+        row_bytes: int,
         batch_size: int,
         ranks: Ranks,
+        header: bytes = b"",
+        name: str = "predict",
     ) -> None:
         self._target = writable_target(out)
-        self._partial = self._target.with_name(f".{self._target.name}.partial")
+        self.partial = self._target.with_name(f".{self._target.name}.partial")
         self._about = about
         self._ranks = ranks
-        self._header = _header(shape, dtype)
-        self._batch_bytes = batch_size * shape[1] * np.dtype(dtype).itemsize
-        self._size = len(self._header) + shape[0] * shape[1] * np.dtype(dtype).itemsize
-        self._batches = -(-shape[0] // batch_size)
+        self._name = name
+        self._header = header
+        self._batch_bytes = batch_size * row_bytes
+        self._size = len(header) + rows * row_bytes
+        self._batches = -(-rows // batch_size)
         self._parts: list[Any] = []  # of the journal
         self._filled: list[int] = []  # since the last part
-        self._broken: list[Broken] = []
+        self._fresh: list[Noted] = []  # noted since the last part
         self._marked = time.monotonic()
+        self.noted: list[Noted] = []
         with ExitStack() as stack:
             finished: list[int] = []
             if ranks.first:
@@ -85,48 +93,70 @@ class Unfinished:
             if first_about != about:
                 differ = [name for name in about if about[name] != first_about.get(name)]
                 raise ValueError(
-                    f"predict: {', '.join(differ)} must be the same on all processes, "
+                    f"{name}: {', '.join(differ)} must be the same on all processes, "
                     f"process {ranks.rank} has another than the first"
                 )
             if not ranks.first:
                 path = self._journal_path(ranks.rank)
                 self._journal = stack.enter_context(Journal(path, about))
             try:
-                self._file = os.open(self._partial, os.O_WRONLY | os.O_CLOEXEC)
+                self._file = os.open(self.partial, os.O_WRONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"cannot write {self._target}: its folder must be the same for all processes, "
-                    f"and process {ranks.rank} does not find {self._partial} there"
+                    f"and process {ranks.rank} does not find {self.partial} there"
                 ) from error
             stack.callback(os.close, self._file)
             self._open = stack.pop_all()
-        self.resumed = sum(min(batch_size, shape[0] - b * batch_size) for b in finished)
+        self.resumed = sum(min(batch_size, rows - b * batch_size) for b in finished)
         left = np.setdiff1d(np.arange(self._batches), finished, assume_unique=True)
         self.todo: list[int] = left[ranks.rank :: ranks.size].tolist()
 
-    def write(self, batch: int, rows: NDArray[Any], broken: list[Broken]) -> None:
+    def write(self, batch: int, content: Any, noted: Sequence[Noted] = ()) -> None:
         """Fill a batch.
 
         Args:
             batch: its number.
-            rows: (n, k) of the file's dtype.
-            broken: the images in it that were met broken.
+            content: its rows, a C-contiguous array or bytes.
+            noted: what there is to say of some of them.
         """
-        content = np.ascontiguousarray(rows).data.cast("B")
+        view = memoryview(content).cast("B") if memoryview(content).nbytes else memoryview(b"")
         offset = len(self._header) + batch * self._batch_bytes
-        while content:
-            written = os.pwrite(self._file, content, offset)
-            content, offset = content[written:], offset + written
+        while view:
+            written = os.pwrite(self._file, view, offset)
+            view, offset = view[written:], offset + written
         self._filled.append(batch)
-        self._broken += broken
+        self._fresh += noted
         if time.monotonic() - self._marked >= MARK_SECONDS:
             self._mark()
 
-    def complete(self) -> list[Broken]:
+    def complete(self) -> list[Noted]:
         """Put the file in place, once every process has come here.
 
         Returns:
-            All images that were met broken, by this job and those that it took up; by row.
+            All that was noted, by this job and those that it took up; by row.
+
+        Raises:
+            OSError: what another process has written does not show here.
+        """
+        noted = self.gather()
+        if self._ranks.first:
+            os.replace(self.partial, self._target)
+            sync_folder(self._target.parent)
+            self._journal.remove()
+        return self._ranks.broadcast(noted)
+
+    def discard(self) -> None:
+        """Remove the file: what was to be made from it is made."""
+        if self._ranks.first:
+            self.partial.unlink()
+            self._journal.remove()
+
+    def gather(self) -> list[Noted]:
+        """Wait until every process has come here, and see that all is filled.
+
+        Returns:
+            All that was noted, on the first process; the others know nothing.
 
         Raises:
             OSError: what another process has written does not show here.
@@ -135,19 +165,16 @@ class Unfinished:
         if not self._ranks.first:
             self._open.close()
         self._ranks.barrier()
-        broken: list[Broken] = []
+        noted: list[Noted] = []
         if self._ranks.first:
             self._gather()
-            finished, broken = _sum_up(self._parts)
+            finished, noted = _sum_up(self._parts)
             if len(finished) != self._batches:
                 raise OSError(
                     f"cannot write {self._target}: only {len(finished)} of {self._batches} batches "
                     "of all processes show on its disk; start the job again to fill in the others"
                 )
-            os.replace(self._partial, self._target)
-            sync_folder(self._target.parent)
-            self._journal.remove()
-        return [(row, reason, detail) for row, reason, detail in self._ranks.broadcast(broken)]
+        return noted
 
     def __enter__(self) -> Unfinished:
         return self
@@ -159,16 +186,17 @@ class Unfinished:
         """The batches that earlier jobs have left; a new file if there are none."""
         self._parts = self._journal.parts
         thrown_away = self._gather() or self._journal.begun_anew
-        finished, _ = _sum_up(self._parts)
-        there = self._partial.is_file() and self._partial.stat().st_size == self._size
+        finished, self.noted = _sum_up(self._parts)
+        there = self.partial.is_file() and self.partial.stat().st_size == self._size
         if finished and there:
             return finished
         if thrown_away:
             warnings.warn(
-                f"predict: an unfinished {self._target.name} was of other weights, images or "
+                f"{self._name}: an unfinished {self._target.name} was of other inputs or "
                 "settings; begun anew",
                 stacklevel=4,
             )
+        self.noted = []
         self._note(_VOID)  # before the new file is there: it is empty
         self._create()
         return []
@@ -192,25 +220,25 @@ class Unfinished:
         return foreign
 
     def _create(self) -> None:
-        self._partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
         try:
             # Not tempfile: its files are readable by their owner only, and would stay so.
-            file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            file = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 os.posix_fallocate(file, 0, self._size)  # a full disk shows now, not in hours
                 os.pwrite(file, self._header, 0)
             finally:
                 os.close(file)
         except OSError as error:
-            self._partial.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
             reason = os.strerror(error.errno or 0)
             raise type(error)(f"cannot write {self._target}: {reason}") from error
 
     def _mark(self) -> None:
         """Keep what was filled: first the rows, then the word that they are there."""
         os.fdatasync(self._file)
-        self._note({"batches": self._filled, "broken": self._broken})
-        self._filled, self._broken = [], []
+        self._note({"batches": self._filled, "noted": self._fresh})
+        self._filled, self._fresh = [], []
         self._marked = time.monotonic()
 
     def _note(self, part: Any) -> None:
@@ -221,23 +249,15 @@ class Unfinished:
         return self._target.with_name(f".{self._target.name}.journal-{rank}")
 
 
-def _sum_up(parts: list[Any]) -> tuple[list[int], list[Broken]]:
-    """Finished batches and broken images, each in order."""
+def _sum_up(parts: list[Any]) -> tuple[list[int], list[Noted]]:
+    """Finished batches and what was noted, each in order."""
     finished: set[int] = set()
-    broken: dict[int, Broken] = {}
+    noted: dict[int, Noted] = {}
     for part in parts:
         if part is _VOID:
             finished.clear()
-            broken.clear()
+            noted.clear()
             continue
         finished.update(part["batches"])
-        broken.update((item[0], item) for item in part["broken"])
-    return sorted(finished), [broken[row] for row in sorted(broken)]
-
-
-def _header(shape: tuple[int, int], dtype: str) -> bytes:
-    """The first bytes of an ``.npy`` file."""
-    about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, about)
-    return buffer.getvalue()
+        noted.update((item[0], item) for item in part["noted"])
+    return sorted(finished), [noted[row] for row in sorted(noted)]

@@ -1,0 +1,301 @@
+"""A long scoring job, killed, cut short or started twice: it goes on, and nothing is different."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import genkl_ext as gk
+from genkl_ext import unfinished
+from genkl_ext.scoring import files, read_settings, score_files
+from genkl_ext.scoring.sources import Packed
+
+RULE = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
+CHUNK = 5 * 4 * 100  # bytes of 100 rows
+Arrays = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def long_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones count as long, and every chunk is kept at once."""
+    monkeypatch.setattr(files, "RESUME_BYTES", 0)
+    monkeypatch.setattr(unfinished, "MARK_SECONDS", 0)
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        q = rng.dirichlet(np.full(5, 0.4), 1040).astype(np.float32)
+        np.save(tmp_path / f"p{i}.npy", q)
+    (tmp_path / "keys.txt").write_text("".join(f"k{i}\n" for i in range(1040)))
+    return tmp_path
+
+
+def job(folder: Path, out: str, **more: Any) -> gk.scoring.FileScores:
+    inputs = [folder / "p0.npy", folder / "p1.npy"]
+    given = {"keys": folder / "keys.txt", "chunk_bytes": 2 * CHUNK, **more}
+    return score_files(inputs, RULE, folder / out, **given)
+
+
+def stopped(
+    folder: Path, out: str, monkeypatch: pytest.MonkeyPatch, after: int, **more: Any
+) -> None:
+    """A job that cannot read on after so many chunks."""
+    rows, calls = Packed.rows, []
+
+    def broken(self: Packed, start: int, stop: int) -> Any:
+        calls.append(start)
+        if len(calls) > 2 * after:
+            raise OSError(errno.EIO, "score: p0.npy cannot be read: Input/output error")
+        return rows(self, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Packed, "rows", broken)
+        with pytest.raises(OSError, match="cannot be read"):
+            job(folder, out, **more)
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+@pytest.mark.parametrize("after", [0, 1, 6])
+def test_goes_on_after_an_error(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, after: int
+) -> None:
+    whole = job(arrays, f"whole{suffix}")
+    assert whole.resumed == 0 and hidden(arrays) == []
+    stopped(arrays, f"t{suffix}", monkeypatch, after)
+    assert not (arrays / f"t{suffix}").exists()
+    assert hidden(arrays) == [f".t{suffix}.journal-0", f".t{suffix}.partial"]
+    again = job(arrays, f"t{suffix}", nc_list=arrays / "nc_set.txt")
+    # The chunk after the last may have been scored too late to be kept.
+    assert max(0, after - 1) * 100 <= again.resumed <= after * 100 and again.resumed % 100 == 0
+    assert after == 0 or again.resumed > 0 or after == 1
+    assert (arrays / f"t{suffix}").read_bytes() == (arrays / f"whole{suffix}").read_bytes()
+    assert hidden(arrays) == []
+    assert again.nc_count == whole.nc_count == np.count_nonzero(again.scores.nc)
+    for name in ("critical_alpha", "votes", "top_prob"):
+        np.testing.assert_array_equal(getattr(again.scores, name), getattr(whole.scores, name))
+        np.testing.assert_array_equal(
+            again.column(name)[90:310], getattr(whole.scores, name)[90:310]
+        )
+
+
+@pytest.mark.parametrize("what", ["rule", "input", "chunks", "rows", "keys"])
+def test_other_work_is_begun_anew(arrays: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    more: dict[str, Any] = {}
+    rule = RULE
+    if what == "rule":
+        rule = gk.GenKL(num_classes=5, alpha=1.0, beta=0.1, sigma=0.1)
+    elif what == "input":
+        np.save(arrays / "p1.npy", np.load(arrays / "p1.npy")[::-1])
+    elif what == "rows":
+        for i in range(2):
+            np.save(arrays / f"p{i}.npy", np.load(arrays / f"p{i}.npy")[:900])
+        (arrays / "keys.txt").write_text("".join(f"k{i}\n" for i in range(900)))
+    elif what == "keys":
+        (arrays / "keys.txt").write_text("".join(f"m{i}\n" for i in range(1040)))
+    elif what == "chunks":
+        more["chunk_bytes"] = 3 * CHUNK
+    inputs = [arrays / "p0.npy", arrays / "p1.npy"]
+    given = {"keys": arrays / "keys.txt", "chunk_bytes": 2 * CHUNK, **more}
+    message = r"^score: an unfinished t\.parquet was of other inputs or settings; begun anew$"
+    with pytest.warns(UserWarning, match=message):
+        result = score_files(inputs, rule, arrays / "t.parquet", **given)
+    assert result.resumed == 0
+    expected = rule.score([np.load(path) for path in inputs])
+    table = pq.read_table(arrays / "t.parquet")
+    np.testing.assert_array_equal(table["critical_alpha"], expected.critical_alpha)
+    assert hidden(arrays) == []
+
+
+def test_a_truncated_input_is_refused_and_the_work_kept(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job(arrays, "whole.parquet")
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    content = (arrays / "p1.npy").read_bytes()
+    (arrays / "p1.npy").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"p1\.npy is truncated"):
+        job(arrays, "t.parquet")
+    (arrays / "p1.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"p1\.npy does not exist"):
+        job(arrays, "t.parquet")
+    (arrays / "p1.npy").write_bytes(content)
+    again = job(arrays, "t.parquet")
+    assert again.resumed > 0 and again.nc_count == whole.nc_count
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+
+
+def test_a_full_disk(arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the beginning nothing is done; in the middle it goes on when there is room."""
+    whole = job(arrays, "whole.parquet")
+    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(*_: object) -> None:
+        raise no_room
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"cannot write .*t\.parquet: No space left on device"):
+            job(arrays, "t.parquet")
+    assert ".t.parquet.partial" not in hidden(arrays)
+    pwrite, calls = os.pwrite, []
+
+    def filling(*arguments: Any) -> int:
+        calls.append(1)
+        if len(calls) > 6:
+            raise no_room
+        return pwrite(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", filling)
+        with pytest.raises(OSError, match="No space left on device"):
+            job(arrays, "t.parquet")
+    assert not (arrays / "t.parquet").exists()
+    again = job(arrays, "t.parquet")
+    assert again.resumed > 0 and again.nc_count == whole.nc_count
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["nan", "skip"])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+def test_bad_rows(arrays: Path, monkeypatch: pytest.MonkeyPatch, policy: Any, suffix: str) -> None:
+    q = np.load(arrays / "p0.npy")
+    bad = [0, 5, 6, 7, 99, 100, 555, 1039]
+    q[bad, 2] = np.nan
+    np.save(arrays / "p0.npy", q)
+    with pytest.raises(ValueError, match=r"p0\.npy must be finite .* got nan at row 0, class 2$"):
+        job(arrays, f"t{suffix}")
+    whole = job(arrays, f"whole{suffix}", on_bad_row=policy)
+    assert whole.bad_rows.tolist() == bad and whole.rows == 1040
+    with pytest.warns(UserWarning, match="begun anew"):
+        stopped(arrays, f"t{suffix}", monkeypatch, 5, on_bad_row=policy)
+    again = job(arrays, f"t{suffix}", on_bad_row=policy)
+    assert again.bad_rows.tolist() == bad and again.resumed > 0
+    assert (arrays / f"t{suffix}").read_bytes() == (arrays / f"whole{suffix}").read_bytes()
+    good = np.setdiff1d(np.arange(1040), bad)
+    expected = RULE.score([m[good] for m in (q, np.load(arrays / "p1.npy"))])
+    if suffix == ".npy":
+        table = np.load(arrays / "t.npy")
+        rows, critical, keys = table["row"], table["critical_alpha"], table["key"].tolist()
+    elif suffix == ".parquet":
+        read = pq.read_table(arrays / "t.parquet")
+        rows, critical, keys = (read[n].to_numpy() for n in ("row", "critical_alpha", "key"))
+        assert read_settings(arrays / "t.parquet")["on_bad_row"] == policy
+    else:
+        lines = [line.split(",") for line in (arrays / "t.csv").read_text().splitlines()[1:]]
+        rows = np.array([int(line[0]) for line in lines])
+        critical = np.array([float(line[2]) for line in lines], np.float32)
+        keys = [line[1].strip('"') for line in lines]
+    kept = np.arange(1040) if policy == "nan" else good
+    np.testing.assert_array_equal(rows, kept)
+    assert list(keys) == [f"k{i}" for i in kept]
+    at = np.isin(rows, good)
+    np.testing.assert_array_equal(np.asarray(critical)[at], expected.critical_alpha)
+    assert np.isnan(np.asarray(critical)[~at]).all()
+
+
+def test_a_second_start_is_refused(arrays: Path) -> None:
+    other = unfinished.Journal(arrays / ".t.parquet.journal-0", {})
+    with other, pytest.raises(OSError, match=r"t\.parquet"):
+        job(arrays, "t.parquet")
+    job(arrays, "t.parquet")
+
+
+PROGRAM = """
+import sys, time
+import genkl_ext as gk
+from genkl_ext import unfinished
+from genkl_ext.scoring import files
+from genkl_ext.scoring.sources import Packed
+
+files.RESUME_BYTES = 0
+unfinished.MARK_SECONDS = 0
+rows = Packed.rows
+def slow(self, start, stop):
+    time.sleep(0.004)
+    return rows(self, start, stop)
+Packed.rows = slow
+rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
+done = gk.score_files(["p0.npy", "p1.npy"], rule, "t.parquet", keys="keys.txt",
+                      nc_list="nc_set.txt", chunk_bytes=4000)
+print(done.resumed)
+"""
+
+
+def test_kill_at_any_moment(arrays: Path) -> None:
+    """SIGKILL, again and again, until the job gets through: the same bytes, and nothing else."""
+    whole = job(arrays, "whole.parquet", chunk_bytes=4000, nc_list=arrays / "whole.txt")
+    (arrays / "program.py").write_text(PROGRAM)
+    clock = random.Random(int(os.environ.get("GENKL_KILLS_SEED", "0")))
+    kills = 0
+    resumed = []
+    wanted = int(os.environ.get("GENKL_KILLS", "4"))
+    while kills < wanted:
+        for path in (arrays / "t.parquet", arrays / "nc_set.txt"):
+            path.unlink(missing_ok=True)
+        while True:
+            process = subprocess.Popen(
+                [sys.executable, "program.py"], cwd=arrays, stdout=subprocess.PIPE, text=True
+            )
+            # From the moment it has begun to work.
+            begun = time.monotonic()
+            while process.poll() is None and not (arrays / ".t.parquet.journal-0").exists():
+                assert time.monotonic() < begun + 60
+                time.sleep(0.001)
+            time.sleep(clock.uniform(0, 0.6))
+            if kills >= wanted or process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        assert process.stdout is not None
+        resumed.append(int(process.stdout.read()))
+        assert process.wait() == 0
+        assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+        assert (arrays / "nc_set.txt").read_bytes() == (arrays / "whole.txt").read_bytes()
+        assert hidden(arrays) == []
+    assert whole.rows == 1040 and any(resumed)
+
+
+RANKS = """
+import sys
+import genkl_ext as gk
+from genkl_ext.ranks import join
+
+join("cpu")
+rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
+done = gk.score_files(["p0.npy", "p1.npy"], rule, sys.argv[1], keys="keys.txt",
+                      nc_list=sys.argv[1] + ".txt", chunk_bytes=4000)
+print(done.rows, done.nc_count)
+"""
+
+
+def test_two_processes_give_the_bytes_of_one(arrays: Path) -> None:
+    whole = job(arrays, "whole.parquet", chunk_bytes=4000, nc_list=arrays / "whole.txt")
+    (arrays / "program.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "program.py", "t.parquet"]
+    done = subprocess.run(command, cwd=arrays, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"1040 {whole.nc_count}"] * 2
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+    assert (arrays / "t.parquet.txt").read_bytes() == (arrays / "whole.txt").read_bytes()
+    assert hidden(arrays) == []
+    assert json.dumps(read_settings(arrays / "t.parquet"))
