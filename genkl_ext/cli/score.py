@@ -9,13 +9,17 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import rule as rules
+from ..files import atomic_write
+from ..ranks import join
 from ..rule import GenKL
-from ..scoring.files import FileScores, score_files
+from ..scoring.files import FileScores, Plan, plan, score_files
+from ..scoring.keys import Keys
 from ..scoring.sources import open_source
 from . import UsageError
 from .progress import Progress
 
 _NEEDED = ("alpha", "beta", "sigma")  # have neither a preset nor a default
+_SAMPLE = 1 << 24  # rows that the quantiles are of, at most
 _QUANTILES = (
     (0.0, "least"),
     (0.05, "5 %"),
@@ -28,7 +32,7 @@ _QUANTILES = (
 
 
 def score(
-    inputs: list[Path],
+    inputs: list[str],
     *,
     out: Path,
     preset: Literal["clothing1m", "food101n", "webvision"] | None = None,
@@ -41,16 +45,26 @@ def score(
     logits: bool = False,
     keys: Path | None = None,
     nc_list: Path | None = None,
+    on_bad_row: Literal["raise", "nan", "skip"] = "raise",
+    bad_rows: Path | None = None,
     no_validate: bool = False,
+    one_model: bool = False,
+    column: list[str] = [],  # noqa: B006 (never changed)
+    raw: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
+    explain: bool = False,
 ) -> None:
     """Score how little each row of prediction files conforms to any one class.
 
     The rule is a preset, or --alpha, --beta and --sigma; single settings given with a preset
     replace its own. A row is non-conforming (NC) when its critical alpha is at least alpha.
 
+    Inputs are .npy, .npz, .safetensors, .parquet, .arrow, .zarr, .bin or .raw files of (N, k)
+    numbers, local or as URLs; a folder or a quoted pattern ('p0-*.npy') is the shards of one model.
+    A long job that was stopped goes on when the same command is started again. Under torchrun the
+    processes share the rows.
+
     Args:
-        inputs: .npy files of shape (N, k), float16, float32 or float64; several are the models
-            of one ensemble, and are averaged
+        inputs: the predictions; several are the models of one ensemble, and are averaged
         out: table to write; .parquet, .csv or .npy
         preset: published settings
         num_classes: k; by default that of the preset or of the files
@@ -62,11 +76,19 @@ def score(
         logits: the files hold logits, not probabilities
         keys: text file with one key per row, for a key column
         nc_list: text file to write the keys of the NC rows to; needs --keys
+        on_bad_row: what a row does that is no valid prediction: end the job, be in the table
+            without a score, or not be in it
+        bad_rows: text file to write the rows to that are none: number, and key where there are keys
         no_validate: do not check that rows are finite, not negative and sum to 1
+        one_model: several inputs are the shards of one model, in this order
+        column: array, tensor or column of the files that holds the predictions; or the k columns
+        raw: type of the numbers in .bin and .raw files
+        explain: print what would be done, and an estimate of time and memory; write nothing
 
     Example:
         genkl score p0.npy p1.npy --preset clothing1m --seed 0 -o scores.parquet
         genkl score logits.npy --logits --alpha 1.05 --beta 0.03 --sigma 0.05 -o scores.csv
+        genkl score probs/ --column probs --preset webvision --on-bad-row nan -o scores.parquet
         genkl score p.npy --preset food101n --keys keys.txt --nc-list nc_set.txt -o scores.parquet
     """
     if nc_list is not None and keys is None:
@@ -79,7 +101,15 @@ def score(
         "num_vectors": num_vectors,
         "seed": seed,
     }
-    rule = _rule(preset, {k: v for k, v in settings.items() if v is not None}, inputs[0])
+    array = column[0] if len(column) == 1 else column or None
+    given = {k: v for k, v in settings.items() if v is not None}
+    if raw is not None and preset is None and num_classes is None:
+        raise UsageError("--raw needs --num-classes, or --preset")
+    rule = _rule(preset, given, inputs[0], array)
+    reading: Any = {"logits": logits, "one_model": one_model, "column": array, "raw": raw}
+    if explain:
+        print(describe(plan(inputs, rule, **reading), out))
+        return
     start = time.perf_counter()
     with Progress("scoring", "rows") as progress:
         result = score_files(
@@ -88,44 +118,80 @@ def score(
             out,
             keys=keys,
             nc_list=nc_list,
-            logits=logits,
             validate=not no_validate,
+            on_bad_row=on_bad_row,
             progress=progress,
+            **reading,
         )
+    if not join().first:
+        return
+    if bad_rows is not None:
+        _write_rows(bad_rows, result.bad_rows, keys, result.rows)
     print(summary(result, time.perf_counter() - start))
 
 
-def _rule(preset: str | None, settings: dict[str, Any], first_input: Path) -> GenKL:
+def describe(what: Plan, out: Path) -> str:
+    """A plan, for one screen."""
+    of_models = f", {what.models} models averaged" if what.models > 1 else ""
+    lines = [
+        ("to score", f"{what.rows:,} rows of {what.num_classes} classes{of_models}"),
+        ("inputs", f"{what.files:,} files, {what.dtype}, {what.input_bytes / 1e9:.3g} GB"),
+        ("chunks", f"{what.chunks:,} of {what.chunk_rows:,} rows"),
+        (
+            "on",
+            f"{what.processes} process(es), {rules.num_threads()} threads each, {_native_simd()}",
+        ),
+        ("memory", f"about {what.memory_bytes / 1e6:,.0f} MB, and the program's own"),
+        ("if stopped", "goes on from the last chunk" if what.resumable else "begins anew: short"),
+        ("time", f"about {what.seconds:.3g} s to read and score, as the first chunk went"),
+        ("table", f"{out}, {what.output_bytes / 1e9:.3g} GB before encoding"),
+    ]
+    return "\n".join(f"{name:<16}{text}" for name, text in lines)
+
+
+def _write_rows(path: Path, rows: Any, keys: Path | None, count: int) -> None:
+    """One line for each row: its number, and its key after a tab."""
+    names = None if keys is None else Keys(keys, count)
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows.tolist():
+            file.write(f"{row}\n" if names is None else f"{row}\t{names[row]}\n")
+
+
+def _native_simd() -> str:
+    from .. import _native
+
+    return str(_native.build_info()["simd"])
+
+
+def _rule(preset: str | None, settings: dict[str, Any], first_input: str, column: Any) -> GenKL:
     if preset is not None:
         return GenKL.preset(preset, **settings)
     missing = [f"--{name}" for name in _NEEDED if name not in settings]
     if missing:
         raise UsageError(f"without --preset, {', '.join(missing)} must be given")
     if "num_classes" not in settings:
-        with open_source(first_input) as predictions:
+        with open_source(first_input, column=column) as predictions:
             settings["num_classes"] = predictions.shape[1]
     return GenKL(**settings)
 
 
 def summary(result: FileScores, seconds: float) -> str:
     """What was found and how fast, for one screen."""
-    from .. import _native
-
     rows, classes, models = result.rows, result.rule.num_classes, result.models
-    scores = result.scores
     of_models = f", {models} models averaged" if models > 1 else ""
     share = f" ({100 * result.nc_count / rows:.3g} %)" if rows else ""
     rate = 1 / max(result.scoring_seconds, 1e-9)
-    names, values = _quantiles(scores.critical_alpha)
+    every = -(-rows // _SAMPLE) or 1
+    names, values = _quantiles(result.column("critical_alpha")[:][::every])
     lines = [
         ("scored", f"{rows:,} rows of {classes} classes{of_models}"),
-        ("non-conforming", f"{result.nc_count:,} rows{share} at alpha = {scores.rule.alpha:g}"),
-        ("critical alpha", names),
+        ("non-conforming", f"{result.nc_count:,} rows{share} at alpha = {result.rule.alpha:g}"),
+        ("critical alpha", names + (f"  (of 1 row in {every})" if every > 1 else "")),
         ("", values),
         (
             "speed",
             f"{rows * rate:,.0f} rows/s, {result.input_bytes * rate / 1e9:.3g} GB/s, "
-            f"{rules.num_threads()} threads, {_native.build_info()['simd']}",
+            f"{rules.num_threads()} threads, {_native_simd()}",
         ),
         (
             "time",
@@ -134,6 +200,10 @@ def summary(result: FileScores, seconds: float) -> str:
         ),
         ("table", str(result.out)),
     ]
+    if len(result.bad_rows):
+        lines.insert(1, ("no prediction", f"{len(result.bad_rows):,} rows"))
+    if result.resumed:
+        lines.insert(1, ("scored before", f"{result.resumed:,} rows"))
     if result.nc_list is not None:
         lines.append(("NC keys", str(result.nc_list)))
     return "\n".join(f"{name:<16}{text}" for name, text in lines)

@@ -11,7 +11,7 @@ Nothing here needs torch; pyarrow is imported when a table is written.
 """
 
 from .batches import BatchScorer
-from .files import FileScores, rows_without_prediction, score_files
+from .files import FileScores, Plan, plan, rows_without_prediction, score_files
 from .keys import read_nc_list
 from .sources import Fingerprint
 from .tables import read_settings
@@ -20,6 +20,8 @@ __all__ = [
     "BatchScorer",
     "FileScores",
     "Fingerprint",
+    "Plan",
+    "plan",
     "read_nc_list",
     "read_settings",
     "rows_without_prediction",

@@ -29,7 +29,7 @@ from ..ranks import Ranks, join
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
 from .chunks import OnBadRow, score_rows
-from .keys import Keys, write_nc_list
+from .keys import BLOCK_ROWS, Keys, write_nc_list
 from .sources import Fingerprint, Source, open_models, open_shards
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
@@ -239,17 +239,8 @@ def score_files(
     ranks = join() if table is not None else Ranks()
 
     with ExitStack() as stack:
-        named = None if raw is None else (raw, rule.num_classes)
-        if one_model:
-            files = [stack.enter_context(open_shards(paths, column=column, raw=named))]
-        else:
-            files = open_models(paths, stack, column=column, raw=named)
-        rows, classes = files[0].shape
-        if classes != rule.num_classes:
-            raise ValueError(
-                f"score: {files[0].name} must have rule.num_classes = {rule.num_classes} columns, "
-                f"got shape {files[0].shape}"
-            )
+        files = _open(paths, rule, stack, one_model, column, raw)
+        rows = files[0].shape[0]
         if leave_out is not None:
             _check_mask(leave_out, rows)
         key_list = None if keys is None else _read_keys(keys, rows)
@@ -270,7 +261,7 @@ def score_files(
             "leave_out": None if leave_out is None else _mask_fingerprint(leave_out),
         }
         input_bytes = sum(file.nbytes for file in files)
-        batch_rows = max(1, chunk_bytes * rows // max(1, input_bytes))
+        batch_rows = _batch_rows(files, chunk_bytes)
         kept: _InMemory | _OnDisk
         if table is None or (ranks.size == 1 and input_bytes < RESUME_BYTES) or rows == 0:
             kept = _InMemory(rows, batch_rows)
@@ -347,6 +338,100 @@ def score_files(
         finishing_seconds=time.perf_counter() - scored,
         _columns=kept.columns if ranks.first else {},
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a job would do, and what it would take here."""
+
+    rows: int  #: N
+    num_classes: int  #: k
+    models: int  #: M
+    files: int  #: shards of all models
+    dtype: str
+    input_bytes: int
+    chunk_rows: int
+    chunks: int
+    processes: int
+    resumable: bool  #: whether a killed job goes on
+    memory_bytes: int  #: beside the program itself, and a key list, at most about so much
+    output_bytes: int  #: of the scores before they are encoded
+    seconds: float  #: of reading and scoring, from the first chunk; writing may be slower
+
+
+def plan(
+    inputs: PathLike | Sequence[PathLike],
+    rule: GenKL,
+    *,
+    logits: bool = False,
+    one_model: bool = False,
+    column: str | Sequence[str] | None = None,
+    raw: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Plan:
+    """What ``score_files`` would do with these arguments; one chunk is read and scored to tell.
+
+    Raises:
+        OSError, ValueError: as ``score_files``, of the inputs.
+    """
+    ranks = join()
+    with ExitStack() as stack:
+        files = _open(_listed(inputs), rule, stack, one_model, column, raw)
+        rows = files[0].shape[0]
+        step = _batch_rows(files, chunk_bytes)
+        job = _Pass(files, rule, logits, False, "nan", None, step)
+        start = time.perf_counter()
+        models = job.read(0)
+        score_rows(models, rule, logits=logits, validate=False)
+        seconds = (time.perf_counter() - start) * rows / max(1, len(models[0])) / ranks.size
+        input_bytes = sum(file.nbytes for file in files)
+        resumable = rows > 0 and (ranks.size > 1 or input_bytes >= RESUME_BYTES)
+        block = min(rows, BLOCK_ROWS) * _ROW_BYTES
+        return Plan(
+            rows=rows,
+            num_classes=rule.num_classes,
+            models=len(files),
+            files=sum(len(file.fingerprints()) for file in files),
+            dtype=files[0].dtype,
+            input_bytes=input_bytes,
+            chunk_rows=min(step, rows),
+            chunks=-(-rows // step),
+            processes=ranks.size,
+            resumable=resumable,
+            # Two chunks in use, one score being kept; a block of the table, and Arrow's copy of it.
+            memory_bytes=2 * min(input_bytes, chunk_bytes)
+            + 3 * block
+            + (0 if resumable else rows * _ROW_BYTES),
+            output_bytes=rows * (_ROW_BYTES + 8),
+            seconds=seconds,
+        )
+
+
+def _open(
+    paths: Sequence[PathLike],
+    rule: GenKL,
+    stack: ExitStack,
+    one_model: bool,
+    column: str | Sequence[str] | None,
+    raw: str | None,
+) -> list[Source]:
+    """The predictions of each model, of the rule's classes."""
+    named = None if raw is None else (raw, rule.num_classes)
+    if one_model:
+        files = [stack.enter_context(open_shards(paths, column=column, raw=named))]
+    else:
+        files = open_models(paths, stack, column=column, raw=named)
+    if files[0].shape[1] != rule.num_classes:
+        raise ValueError(
+            f"score: {files[0].name} must have rule.num_classes = {rule.num_classes} columns, "
+            f"got shape {files[0].shape}"
+        )
+    return files
+
+
+def _batch_rows(files: Sequence[Source], chunk_bytes: int) -> int:
+    rows = files[0].shape[0]
+    return max(1, chunk_bytes * rows // max(1, sum(file.nbytes for file in files)))
 
 
 def rows_without_prediction(
@@ -426,7 +511,7 @@ class _Pass:
 
         with ThreadPoolExecutor(2, "genkl-score") as pool:
             written: Future[None] = pool.submit(lambda: None)
-            for batch, models in _read_ahead(pool, kept.todo, self._read):
+            for batch, models in _read_ahead(pool, kept.todo, self.read):
                 first = batch * self.batch_rows
                 n = len(models[0])
                 missing = None
@@ -449,7 +534,8 @@ class _Pass:
                     progress(min(done, rows), rows)
             written.result()
 
-    def _read(self, batch: int) -> list[Any]:
+    def read(self, batch: int) -> list[Any]:
+        """The rows of a batch, of every model."""
         start = batch * self.batch_rows
         stop = min(start + self.batch_rows, self.files[0].shape[0])
         return [file.rows(start, stop) for file in self.files]

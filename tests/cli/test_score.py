@@ -237,3 +237,64 @@ def test_needs_no_torch(folder: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", program, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL
     )
+
+
+def test_bad_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    q = np.load("p0.npy")
+    q[[3, 4, 599], 1] = np.nan
+    np.save("bad.npy", q)
+    words = "score bad.npy --preset clothing1m --keys keys.txt --bad-rows bad.txt"
+    assert main(f"{words} -o t.parquet".split()) == 1
+    assert "bad.npy must be finite and not negative, got nan at row 3" in capsys.readouterr().err
+    assert not Path("t.parquet").exists() and not Path("bad.txt").exists()
+    for policy, rows in (("nan", 600), ("skip", 597)):
+        assert main(f"{words} --on-bad-row {policy} -o t.parquet".split()) == 0
+        assert pq.read_table("t.parquet").num_rows == rows
+        assert "no prediction   3 rows" in capsys.readouterr().out
+        kept = Path("bad.txt").read_text()
+        assert kept == "3\timages/3.jpg\n4\timages/4.jpg\n599\timages/599.jpg\n"
+
+
+def test_other_kinds_of_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    q, rule = np.load("q.npy"), gk.GenKL(10, 1.05, 0.03, 0.05)
+    expected = rule.score(q).critical_alpha
+    q.tofile("q.raw")
+    np.savez("q.npz", q=q, zero=np.zeros(3))
+    Path("shards").mkdir()
+    for i, part in enumerate(np.array_split(q, 4)):
+        np.save(f"shards/{i}.npy", part)
+    given = " ".join(RULE)
+    for words in (
+        "q.raw --raw float32 --num-classes 10",
+        "q.npz --column q",
+        "shards",
+        "shards/*.npy",
+        "shards/0.npy shards/1.npy shards/2.npy shards/3.npy --one-model",
+    ):
+        assert main(f"score {words} {given} -o t.parquet".split()) == 0, words
+        np.testing.assert_array_equal(pq.read_table("t.parquet")["critical_alpha"], expected)
+    capsys.readouterr()
+    assert main(f"score q.raw --raw float32 {given} -o t.parquet".split()) == 2
+    assert "--raw needs --num-classes, or --preset" in capsys.readouterr().err
+    assert main(f"score q.npz {given} -o t.parquet".split()) == 1
+    assert "q.npz holds q, zero: column must say which" in capsys.readouterr().err
+
+
+def test_explain(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    words = "score p0.npy p1.npy --preset clothing1m -o t.parquet --explain"
+    assert main(words.split()) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["to"] == "score        600 rows of 14 classes, 2 models averaged"
+    assert said["inputs"] == "2 files, float32, 6.72e-05 GB"
+    assert said["chunks"] == "1 of 600 rows"
+    assert sorted(folder.iterdir()) == before

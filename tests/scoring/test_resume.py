@@ -229,7 +229,7 @@ files.RESUME_BYTES = 0
 unfinished.MARK_SECONDS = 0
 rows = Packed.rows
 def slow(self, start, stop):
-    time.sleep(0.004)
+    time.sleep(0.01)
     return rows(self, start, stop)
 Packed.rows = slow
 rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
@@ -237,6 +237,13 @@ done = gk.score_files(["p0.npy", "p1.npy"], rule, "t.parquet", keys="keys.txt",
                       nc_list="nc_set.txt", chunk_bytes=4000)
 print(done.resumed)
 """
+
+
+def lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def test_kill_at_any_moment(arrays: Path) -> None:
@@ -254,12 +261,12 @@ def test_kill_at_any_moment(arrays: Path) -> None:
             process = subprocess.Popen(
                 [sys.executable, "program.py"], cwd=arrays, stdout=subprocess.PIPE, text=True
             )
-            # From the moment it has begun to work.
-            begun = time.monotonic()
-            while process.poll() is None and not (arrays / ".t.parquet.journal-0").exists():
+            # Within the work on one of its 11 chunks, or after them.
+            chunks, begun = clock.randint(0, 11), time.monotonic()
+            while process.poll() is None and lines(arrays / ".t.parquet.journal-0") <= chunks:
                 assert time.monotonic() < begun + 60
                 time.sleep(0.001)
-            time.sleep(clock.uniform(0, 0.6))
+            time.sleep(clock.uniform(0, 0.03))
             if kills >= wanted or process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)
