@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../kernels/row_statistics.h"
 #include "common.h"
 #include "image.h"
 
@@ -39,12 +40,15 @@ DType dtype_of(const py::array& array) {
                        py::str(dtype).cast<std::string>());
 }
 
+bool aligned(const py::array& array) {
+  return reinterpret_cast<uintptr_t>(array.data()) % static_cast<size_t>(array.itemsize()) == 0;
+}
+
 // Strides that are no whole number of entries, and entries off their alignment, are copied away.
 py::array addressable(const py::array& array) {
   const py::ssize_t size = array.itemsize();
   const bool whole = array.strides(0) % size == 0 && array.strides(1) % size == 0;
-  const bool aligned = reinterpret_cast<uintptr_t>(array.data()) % static_cast<size_t>(size) == 0;
-  return whole && aligned ? array : py::array(array.attr("copy")("C"));
+  return whole && aligned(array) ? array : py::array(array.attr("copy")("C"));
 }
 
 Predictions describe(std::vector<py::array>& models) {
@@ -137,6 +141,34 @@ py::array_t<double> entropies(const Vectors& vectors) {
   return result;
 }
 
+py::array_t<double> row_statistics(const py::array& rows, bool entropy, bool logs, double floor,
+                                   const std::string& simd) {
+  const DType dtype = dtype_of(rows);
+  if (rows.ndim() != 2 || rows.shape(1) < 2 || dtype == DType::kFloat16 ||
+      !(rows.flags() & py::array::c_style) || !aligned(rows))
+    throw py::value_error("row_statistics: rows must be (n, k) contiguous float32 or float64");
+  if (!(floor >= 2.2250738585072014e-308)) throw py::value_error("row_statistics: floor too small");
+  const RowStatisticsKernel* kernel = row_statistics_kernel(simd.c_str());
+  if (!kernel)
+    throw py::value_error("row_statistics: no kernel for " + (simd.empty() ? "GENKL_SIMD" : simd) +
+                          " on this processor");
+  py::array_t<double> out({static_cast<py::ssize_t>(kRowStatistics), rows.shape(0)});
+  RowJob job{};
+  job.rows = rows.data();
+  job.wide = dtype == DType::kFloat64;
+  job.count = rows.shape(0);
+  job.classes = static_cast<int32_t>(rows.shape(1));
+  job.entropy = entropy;
+  job.logs = logs;
+  job.floor = floor;
+  job.out = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    kernel->run(job);
+  }
+  return out;
+}
+
 py::dict build_info() {
   py::list built, here;
   for (const NcKernel* const* kernel = nc_kernels_built(); *kernel; ++kernel) {
@@ -166,6 +198,10 @@ PYBIND11_MODULE(_native, m) {
         "the first invalid row or -1.");
   m.def("entropies", &genkl::entropies, py::arg("vectors"),
         "sum_i u_ji log2 u_ji of every row, float64.");
+  m.def("row_statistics", &genkl::row_statistics, py::arg("rows"), py::arg("entropy"),
+        py::arg("logs"), py::arg("floor"), py::arg("simd") = "",
+        "(8, n) float64: total, lowest, squares, top, second, top class, sum q log2 q, sum log2 q; "
+        "the last two only where they are asked for. See row_statistics.h.");
   m.def("build_info", &genkl::build_info, "What this module was built with and what it chose.");
   genkl::bind_image_functions(m);
 }
