@@ -32,13 +32,13 @@ from ..calibration import alpha_reached_by
 from ..data import Loader, Manifest, make_loader
 from ..data.published import read_class_ratio, read_row_list
 from ..files import atomic_write, settings_of
+from ..ranks import Ranks
 from ..relabel import Targets
 from ..rule import GenKL
 from ..scoring import read_settings, rows_without_prediction, score_files
 from . import engine, networks
 from . import predict as predictions
 from .batches import Batches, grouped, labelled
-from .ranks import Ranks
 from .records import Facts, Say
 from .settings import Compatibility, Data, Finetune, Fit, Recipe, Relabel
 from .steps import GenKLStep, PlainStep
@@ -134,7 +134,7 @@ class Job:
 
     @property
     def loader_device(self) -> str:
-        return str(self.ranks.device(self.recipe.engine))
+        return str(self.ranks.device(self.recipe.engine.accelerator))
 
 
 def fit_labels(
