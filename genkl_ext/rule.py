@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from .calibration import Calibration
     from .sweep import Inputs
@@ -97,6 +98,28 @@ class Scores:
         """The same scores as NumPy arrays, after ``check``."""
         self.check()
         return self._map(lambda a: a.cpu().numpy() if hasattr(a, "cpu") else a)
+
+    def hist(
+        self, alpha: float | None = None, path: str | os.PathLike[str] | None = None
+    ) -> Figure:
+        """A matplotlib histogram of the critical alphas, with ``alpha`` (default: the rule's).
+
+        Args:
+            alpha: the threshold to draw.
+            path: write it, too, as PNG, SVG or PDF.
+
+        Raises:
+            ValueError: an alpha that is no number from 0 on, or another suffix.
+            OSError: it cannot be written.
+        """
+        from .report import plots, style
+
+        alpha = self.rule.alpha if alpha is None else alpha
+        _require_number("hist", "alpha", alpha, low=0)
+        figure = plots.critical_alpha(np.asarray(self.numpy().critical_alpha), alpha)
+        if path is not None:
+            style.save(figure, path)
+        return figure
 
     def _map(self, convert: Any) -> Scores:
         columns = ("critical_alpha", "divergence", "votes", "nc", "top_class", "top_prob")

@@ -48,6 +48,7 @@ def demo(
     from rich.console import Console
 
     from ..demo import figures, results, run
+    from ..report import build
     from .run import Bars
 
     start = time.perf_counter()
@@ -59,7 +60,7 @@ def demo(
     summary = run.run(out, list(range(seed, seed + seeds)), flips, quick, say, bars.begin)
     bars.close()
     judged = results.judge(out, summary)
-    pictures = figures.draw(out, judged)
+    pages = [*figures.draw(out, judged), build(out / "run", out / "report.html")]
     seconds = time.perf_counter() - start
     results.save(out, judged, seconds)
 
@@ -70,5 +71,5 @@ def demo(
     for note in judged.notes:
         console.print(f"[dim]- {note}[/dim]", highlight=False)
     console.print(f"\n{seconds:.0f} s. In {out}: results.md, results.json", highlight=False)
-    for picture in pictures:
-        console.print(f"  {picture}", highlight=False)
+    for page in pages:
+        console.print(f"  {page}", highlight=False)

@@ -30,10 +30,16 @@ COMMANDS = {
     "run": "the whole framework by a recipe: members, NC set, relabelling, training, again",
     "scan": "the broken images of a data set, and why they are",
     "predict": "softmax outputs of a trained network for all images of a data set",
+    "calibrate": "alpha, and beta, for a share of verified clean predictions",
+    "sweep": "what other alphas, betas, sigmas, vectors and seeds would flag",
     "score": "NC scores of prediction files",
+    "evaluate-nc": "how well scores find the images that are known not to conform",
     "relabel": "targets of the next training, from scores and given labels",
     "train": "one training of a recipe: with the objective of GenKL, or on given labels",
     "finetune": "from trained weights, on the clean images",
+    "report": "one HTML page about a run: what was found, and the images to look at",
+    "plot": "a single figure of a run or of a table of scores",
+    "review apply": "what people decided about single images, into a manifest",
     "bench": "the benchmarks that suit this machine",
 }
 
@@ -56,6 +62,7 @@ example:
 _EXAMPLES = {
     "": "genkl score predictions.npy --preset clothing1m -o scores.parquet",
     "data": "genkl data info /data/clothing1m",
+    "review": "genkl review apply review.csv --data manifest.parquet -o reviewed.parquet",
 }
 
 

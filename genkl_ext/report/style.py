@@ -8,8 +8,10 @@ variable, so that the page can have others on a dark ground.
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ _VARIABLES = {
     INK: "currentColor",
     "#000000": "currentColor",
 }
-_SALT = {"svg.hashsalt": "genkl", "svg.fonttype": "none"}
+_SALT: dict[Any, Any] = {"svg.hashsalt": "genkl", "svg.fonttype": "none"}
 
 
 def figure(width: float = 6.4, height: float = 3.6) -> Figure:
@@ -56,7 +58,21 @@ def label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def named_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names of rows at the left axis, as they are (no mathematics in them), the first on top.
+
+    The title moves above the names, which may be long.
+    """
+    axes.set_yticks(range(len(names)), list(names), parse_math=False, fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    title = axes.get_title(loc="left")
+    axes.set_title("", loc="left")
+    axes.figure.suptitle(
+        title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize="large"
+    )
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, SVG or PDF, by the suffix of its path; the same bytes every time.
 
     Raises:

@@ -24,7 +24,7 @@ def out(tmp_path_factory):
 
 def test_nothing_is_missing_and_nothing_is_left_over(out):
     found = {path.name for path in out.iterdir()}
-    expected = {"demo.json", "data", "run", "results.md", "results.json"}
+    expected = {"demo.json", "data", "run", "results.md", "results.json", "report.html"}
     assert found == expected | {"critical_alpha.png", "most_nonconforming.png"}
     trained = {str(p.parent.relative_to(out / "run")) for p in out.rglob("best.safetensors")}
     for seed in SEEDS:
