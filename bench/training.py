@@ -45,10 +45,10 @@ from torchvision.transforms import v2
 
 from genkl_ext.data import Manifest, Transforms
 from genkl_ext.objective import CLEAN, NC, NNC, Objective
+from genkl_ext.ranks import Ranks
 from genkl_ext.relabel import Targets
 from genkl_ext.training import engine, networks
 from genkl_ext.training.batches import grouped, labelled
-from genkl_ext.ranks import Ranks
 from genkl_ext.training.settings import Compatibility, Data, Engine, Fit, Network, Training
 from genkl_ext.training.steps import GenKLStep, PlainStep
 

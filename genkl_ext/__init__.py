@@ -1,12 +1,16 @@
 """Find the images of a web-crawled training set that fit no class, or several, and train with them.
 
     rule.py        the GenKL rule and its score          reference.py  its definition in NumPy
-    ops.py         the torch operators                   relabel.py    targets for the next training
+    ops.py         the torch operators                   identifiers/  other ways to find them
+    sweep.py       many rules in one read                calibration.py  a rule for so many errors
+    evaluation.py  how good an identification is         relabel.py    targets for the next training
     objective.py   the three-term training objective     scoring/      files in, table out
     data/          manifests, decoding, batches          training/     the loop, by recipes/
+    report/        one HTML page, figures                review.py     images for people to judge
     demo/          the whole loop on digits              cli/          the ``genkl`` command
-    files.py       complete files or none                journal.py, unfinished.py   work that goes on
-    ranks.py       the processes of one job
+
+    files.py, journal.py, unfinished.py   complete files or none, and work that goes on
+    ranks.py                              the processes of one job
 
 Importing this package loads neither torch nor DALI: names are resolved when first used.
 """
@@ -15,10 +19,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import calibration as calibration
+    from . import evaluation as evaluation
+    from . import identifiers as identifiers
     from . import objective as objective
     from . import ops as ops
     from . import reference as reference
     from . import relabel as relabel
+    from . import report as report
+    from . import review as review
+    from . import sweep as sweep
     from .data import Manifest as Manifest
     from .rule import GenKL as GenKL
     from .rule import Scores as Scores
@@ -36,19 +46,38 @@ _HOME = {
     "run": ".training.loop",
     "score_files": ".scoring",
 }
-_MODULES = ("objective", "ops", "reference", "relabel", "rule", "scoring")
+_MODULES = (
+    "calibration",
+    "evaluation",
+    "identifiers",
+    "objective",
+    "ops",
+    "reference",
+    "relabel",
+    "report",
+    "review",
+    "rule",
+    "scoring",
+    "sweep",
+)
 
 __all__ = [
     "BatchScorer",
     "GenKL",
     "Manifest",
     "Scores",
+    "calibration",
+    "evaluation",
+    "identifiers",
     "objective",
     "ops",
     "reference",
     "relabel",
+    "report",
+    "review",
     "run",
     "score_files",
+    "sweep",
 ]
 
 

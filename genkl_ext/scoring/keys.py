@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .npy import require_file, sample_digest
+from .sources import require_file, sample_digest
 
 EMPTY_SET = "empty_set"  # the only line of a list of NC keys that has none
 BLOCK_ROWS = 1 << 20  # keys or table rows that are Python or Arrow objects at one time
@@ -30,7 +30,8 @@ class Keys:
         self.path = Path(path)
         require_file(self.path)
         content = self.path.read_bytes()
-        self._size, self._sample = len(content), sample_digest(content)
+        self._size = len(content)
+        self._sample = sample_digest(self._size, lambda i, n: content[i : i + n])
         content = content.removeprefix(_BYTE_ORDER_MARK).replace(b"\r\n", b"\n").rstrip(b"\r\n")
         self._text = content + b"\n" if content else b""
         ends = np.flatnonzero(np.frombuffer(self._text, np.uint8) == ord("\n")) + 1
@@ -72,7 +73,7 @@ class Keys:
         return rows
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, size and sampled digest of the file, as in :class:`npy.Fingerprint`."""
+        """Name, size and sampled digest of the file, as in :class:`.sources.Fingerprint`."""
         return {"name": self.path.name, "size": self._size, "sample": self._sample}
 
     def _check(self, rows: int) -> None:

@@ -18,7 +18,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import struct
@@ -28,6 +27,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Fingerprint:
 
 
 class Source:
-    """(N, k) numbers in a file, read a piece at a time, by one thread at a time.
+    """(N, k) numbers in a file, read a piece at a time, by any threads.
 
     Attributes:
         name: path or URL, for messages.
@@ -83,9 +83,14 @@ class Source:
     dtype: str
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, once read."""
+        return self.shape[1] * _itemsize(self.dtype)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the numbers, once read."""
-        return math.prod(self.shape) * _itemsize(self.dtype)
+        """Bytes of all rows, once read."""
+        return self.shape[0] * self.row_bytes
 
     def rows(self, start: int, stop: int) -> Any:
         """(stop - start, k) rows, in this machine's byte order; bfloat16 as a torch tensor.
@@ -294,6 +299,7 @@ class Zipped(_OneFile):
         self._stored = dtype
         self._stream: Any = None
         self._at = 0
+        self._lock = Lock()
         wanted = self._offset + self.nbytes
         if member.file_size != wanted:
             raise ValueError(
@@ -301,20 +307,21 @@ class Zipped(_OneFile):
             )
 
     def rows(self, start: int, stop: int) -> Any:
-        row = self.shape[1] * self._stored.itemsize
-        if self._stream is None or start < self._at:
-            self._stream = self._archive.open(self._member)
-            self._at = 0
-            self._skip(self._offset)
-        self._skip((start - self._at) * row)
-        rows = np.empty((stop - start, self.shape[1]), self._stored)
-        view = _bytes(rows)
-        while view:
-            piece = self._some(len(view))
-            view[: len(piece)] = piece
-            view = view[len(piece) :]
-        self._at = stop
-        return _native(rows, self.dtype)
+        with self._lock:
+            row = self.shape[1] * self._stored.itemsize
+            if self._stream is None or start < self._at:
+                self._stream = self._archive.open(self._member)
+                self._at = 0
+                self._skip(self._offset)
+            self._skip((start - self._at) * row)
+            rows = np.empty((stop - start, self.shape[1]), self._stored)
+            view = _bytes(rows)
+            while view:
+                piece = self._some(len(view))
+                view[: len(piece)] = piece
+                view = view[len(piece) :]
+            self._at = stop
+            return _native(rows, self.dtype)
 
     def _skip(self, count: int) -> None:
         while count > 0:
@@ -360,6 +367,7 @@ class Table(_OneFile):
             raise
         self.shape = (int(self._starts[-1]), k)
         self._group: tuple[int, NDArray[Any]] | None = None
+        self._lock = Lock()
 
     def rows(self, start: int, stop: int) -> Any:
         k = self.shape[1]
@@ -382,10 +390,11 @@ class Table(_OneFile):
 
     def _group_rows(self, group: int) -> NDArray[Any]:
         """The rows of a row group; the last one stays in memory."""
-        if self._group is None or self._group[0] != group:
-            self._group = None  # before the next one is there
-            self._group = (group, self._decode(group))
-        return self._group[1]
+        with self._lock:
+            if self._group is None or self._group[0] != group:
+                self._group = None  # before the next one is there
+                self._group = (group, self._decode(group))
+            return self._group[1]
 
     def _decode(self, group: int) -> NDArray[Any]:
         import pyarrow as pa

@@ -133,6 +133,18 @@ def test_loading(tmp_path: Path) -> None:
     assert 0 < cells["DALI pipeline"]["mean_levels"] < 3
 
 
+def test_identifiers(tmp_path: Path) -> None:
+    run_script("identifiers", "--quick", "--out", str(tmp_path))
+    result = result_of("identifiers", tmp_path)
+    names = {c["identifier"] for c in result["cells"]}
+    assert {"genkl", "entropy", "dsos", "energy", "mutual_information"} <= names
+    assert len(result["cells"]) == len(names) * len({c["classes"] for c in result["cells"]})
+    for cell in result["cells"]:
+        assert_times(cell)
+        assert cell["mrow_s"] > 0
+        assert cell["ratio"] == 1 if cell["identifier"] == "genkl" else cell["ratio"] > 0
+
+
 def test_training(tmp_path: Path) -> None:
     run_script("training", "--quick", "--out", str(tmp_path))
     result = result_of("training", tmp_path)
@@ -164,6 +176,23 @@ def test_training(tmp_path: Path) -> None:
     assert "| small | 16 | 8 | GenKL |" in block
 
 
+def test_beyond(tmp_path: Path) -> None:
+    said = run_script("beyond", "--quick", "--out", str(tmp_path))
+    assert "without --data only the digits" in said
+    result = result_of("beyond", tmp_path)
+    cells = {(c["view"], c["identifier"]): c for c in result["cells"]}
+    entropy, combined = (cells["sampled", name] for name in ("entropy", "combined"))
+    value, low, high = combined["gain"]
+    assert value == pytest.approx(combined["auroc"][0] - entropy["auroc"][0])
+    assert low < value < high
+    assert entropy["gain"] == [0, 0, 0]
+    for cell in (entropy, combined):
+        for key in ("auroc", "average_precision", "recall", "right", "wrong", "wrong_right"):
+            assert 0 < cell[key][0] < 1
+    checked = cells["check", "sampled"]
+    assert 0 < checked["least_nc_share"][0] < checked["nc_share"][0]
+
+
 def test_a_quick_run_leaves_the_recorded_results_alone() -> None:
     before = {p: p.stat().st_mtime_ns for p in record.RESULTS.glob("*")}
     said = run_script("ceilings", "--quick")
@@ -175,8 +204,11 @@ def test_genkl_bench_finds_the_scripts() -> None:
     if FOLDER != BENCH:
         pytest.skip("genkl_ext is installed from a wheel, which has no benchmarks")
     assert find_scripts(FOLDER).keys() == {
+        "beyond",
         "ceilings",
+        "choosing",
         "clothing",
+        "identifiers",
         "loading",
         "score_command",
         "scoring",

@@ -113,6 +113,21 @@ def test_command_page_has_the_goals(result: dict[str, Any]) -> None:
     assert lines_of(page, "`genkl --help`") == [["`genkl --help`", "0.25", "0.24 to 0.26", "0.30"]]
 
 
+def test_choosing_page_has_a_table_for_each_data_set(result: dict[str, Any]) -> None:
+    def line(data: str, rule: str, betas: list[float]) -> dict[str, Any]:
+        figures = ("alpha", "clean", "false_positives", "recall", "precision", "f1", "auroc")
+        shares = {key: [0.25, 0.5] for key in figures}
+        return {"data": data, "rule": rule, "rows": 1234, "positives": 5, "beta": betas, **shares}
+
+    cells = [line("one", "published", [0.03, 0.03]), line("two", "calibrated", [0.03, 0.05])]
+    page = table.full_table({**result, "benchmark": "choosing", "cells": cells})
+    share = "37.5 ± 17.7"
+    assert lines_of(page, "published") == [["published", "0.03", "0.25 0.5", *[share] * 6]]
+    assert lines_of(page, "calibrated")[0][1] == "0.03 0.05"
+    assert page.index("## one") < page.index("| published") < page.index("## two")
+    assert "1,234 rows judged, 5 of them to be found" in page
+
+
 def test_block_has_peaked_rows_with_all_threads(result: dict[str, Any]) -> None:
     block = table.readme_block([result])
     (line,) = lines_of(block, "clothing1m")

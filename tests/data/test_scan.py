@@ -27,10 +27,10 @@ from genkl_ext.data.decode import (
     read,
     verify_jpeg,
 )
-from genkl_ext.journal import Journal
 from genkl_ext.data.ledger import Ledger
 from genkl_ext.data.manifest import Manifest
 from genkl_ext.data.scan import CHUNK, LONGEST_DETAIL, Scan, files_below, scan
+from genkl_ext.journal import Journal
 
 PICTURE = drawing(61, 83)
 GOOD = jpeg(120, 160)

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import genkl_ext as gk
+from genkl_ext.scoring import sources
 from genkl_ext.scoring.sources import (
     Source,
     natural,
@@ -408,3 +410,116 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path, kind: str, data: Any)
             source.rows(0, source.shape[0])
     except (OSError, ValueError) as error:
         assert str(path) in str(error)
+
+
+def npz_bytes() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros((2, 2)))
+    return file.getvalue()
+
+
+def saved(array: object, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+GOOD = saved(np.zeros((4, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"p\.npy is empty$"),
+        (b"1,2,3\n", r"p\.npy is not a \.npy file of numbers$"),
+        (b"\x93NUMPY", r"p\.npy is not a \.npy file of numbers$"),
+        (b"\x93NUMPY\x09\x00" + GOOD[8:], r"p\.npy is not a \.npy file of numbers$"),
+        (GOOD[:40], r"p\.npy is not a \.npy file of numbers$"),
+        (pickle.dumps(np.zeros((4, 3))), r"p\.npy is not a \.npy file of numbers$"),
+        (npz_bytes(), r"p\.npy is not a \.npy file of numbers$"),
+        (
+            saved(np.array([[{}]], dtype=object), allow_pickle=True),
+            r"p\.npy holds pickled Python objects, which are not read$",
+        ),
+        (saved(np.zeros((4, 3), np.int64)), r"must hold float16, .*, got int64$"),
+        (saved(np.zeros((4, 3), "f4,f4")), r"must hold float16, .*, got void64"),
+        (saved(np.zeros(12)), r"p\.npy must have shape \(N, k\), got \(12,\)$"),
+        (saved(np.zeros((2, 2, 3))), r"p\.npy must have shape \(N, k\), got \(2, 2, 3\)$"),
+        (
+            GOOD[:-1],
+            r"p\.npy is truncated: \(4, 3\) float32 takes 176 bytes, the file has 175$",
+        ),
+        (
+            GOOD + GOOD,
+            r"p\.npy has more after its array: \(4, 3\) float32 takes 176 bytes, "
+            r"the file has 352$",
+        ),
+    ],
+)
+def test_refuses_other_npy_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "p.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^score: .*{message}"):
+        open_source(path)
+
+
+def test_says_why_it_cannot_open(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"^score: .*none\.npy does not exist$"):
+        open_source(tmp_path / "none.npy")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder holds no file of \.npy, \.npz"):
+        open_source(tmp_path / "folder")
+    with pytest.raises(OSError, match=r"pipe is not a regular file$"):
+        open_source(tmp_path / "pipe")
+
+
+def test_models_may_differ_in_layout(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(paths[0], np.zeros((4, 3), "<f4"))
+    np.save(paths[1], np.zeros((4, 3), ">f4", order="F"))
+    with ExitStack() as stack:
+        assert len(open_models(paths, stack)) == 2
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).random((1000, 7))
+    path = tmp_path / "p.npy"
+    np.save(path, array)
+    with open_source(path) as predictions:
+        first = predictions.fingerprints()[0]
+    assert (first.name, first.size) == ("p.npy", path.stat().st_size)
+    assert (first.shape, first.dtype) == ((1000, 7), "float64")
+    assert first.modified == path.stat().st_mtime_ns
+
+    array[999, 6] = 0  # a small file is digested whole
+    np.save(path, array)
+    with open_source(path) as predictions:
+        assert predictions.fingerprints()[0].sample != first.sample
+
+
+def digest(content: bytes) -> str:
+    return sources.sample_digest(len(content), lambda start, n: content[start : start + n])
+
+
+def test_sample_digest_reads_evenly_spaced_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SAMPLE_BLOCKS", 5)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 10)
+    content = bytes(range(250))
+    seen = []
+    for i in range(len(content)):
+        changed = content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+        if digest(changed) != digest(content):
+            seen.append(i)
+    assert seen == [i for start in (0, 60, 120, 180, 240) for i in range(start, start + 10)]
+
+
+@pytest.mark.parametrize("size", [0, 1, 49, 50])
+def test_sample_digest_reads_small_content_whole(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(sources, "SAMPLE_BLOCKS", 5)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 10)
+    digests = {digest(bytes(size))}
+    digests |= {digest(bytes(i) + b"x" + bytes(size - i - 1)) for i in range(size)}
+    assert len(digests) == size + 1
