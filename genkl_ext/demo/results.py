@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from .. import __version__
+from .. import __version__, identifiers
 from ..data import Manifest
 from ..files import atomic_write
 from ..training.loop import Spread, Summary, chosen
@@ -26,7 +26,6 @@ NAMES = {
     "both": "plain, noisy and clean labels",
     "members": "clean labels only",
 }
-Predictions = NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,9 @@ def judge(out: Path, summary: Summary) -> Results:
         scores = pq.read_table(place / "scores.parquet")
         critical.append(np.asarray(scores["critical_alpha"]))
         entropy, validation = (
-            normalised_entropy([np.load(place / name / f"{trial['seed']}.npy") for trial in trials])
+            identifiers.entropy(
+                [np.load(place / name / f"{trial['seed']}.npy") for trial in trials]
+            )
             for name in ("predictions", "validation")
         )
         limit = float(np.quantile(validation, 0.95, method="higher"))
@@ -135,12 +136,6 @@ def identify(
         precision=hits / int(flagged.sum()) if flagged.any() else float("nan"),
         auroc=float(roc_auc_score(nonconforming, score)),
     )
-
-
-def normalised_entropy(predictions: list[Predictions]) -> NDArray[np.float64]:
-    """H(q) / log k of the mean prediction q of each row: 0 for one-hot, 1 for uniform."""
-    q = np.mean(predictions, axis=0, dtype=np.float64)
-    return -np.sum(q * np.log(np.where(q > 0, q, 1.0)), axis=1) / np.log(q.shape[1])
 
 
 def save(out: Path, results: Results, seconds: float) -> None:

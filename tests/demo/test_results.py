@@ -26,14 +26,6 @@ def test_identify_without_a_flagged_image():
     assert math.isnan(found.precision)
 
 
-def test_normalised_entropy():
-    q = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0]], np.float32)
-    np.testing.assert_allclose(results.normalised_entropy([q]), [0, 1, 0.5], atol=1e-12)
-    # Of the mean, not the mean of the entropies.
-    a, b = np.eye(2, dtype=np.float32)[[[0], [1]]]
-    np.testing.assert_allclose(results.normalised_entropy([a, b]), [1])
-
-
 @pytest.fixture
 def made_up():
     return Results(
