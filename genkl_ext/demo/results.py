@@ -88,8 +88,10 @@ def judge(out: Path, summary: Summary) -> Results:
         scores = pq.read_table(place / "scores.parquet")
         critical.append(np.asarray(scores["critical_alpha"]))
         entropy, validation = (
-            identifiers.entropy(
-                [np.load(place / name / f"{trial['seed']}.npy") for trial in trials]
+            np.asarray(
+                identifiers.entropy(
+                    [np.load(place / name / f"{trial['seed']}.npy") for trial in trials]
+                )
             )
             for name in ("predictions", "validation")
         )
