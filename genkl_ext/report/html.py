@@ -145,7 +145,7 @@ def _facts(
         part, last = _iteration(run, t, last)
         iterations.append(part)
     groups = run.groups
-    what, before, after = _gain(groups)
+    what, naive, before, after = _gain(groups)
     sizes = run.manifest.split_sizes()
     facts = {
         "run": run,
@@ -156,6 +156,7 @@ def _facts(
         "moved_away": 0,
         "what": what,
         "images": sizes.get("test" if what == "test" else "val", 0),
+        "naive": naive,
         "before": before,
         "after": after,
         "groups": [
@@ -306,19 +307,26 @@ def learning(run: Run, iteration: int | None, size: plots.Size = plots.WIDE) -> 
     )
 
 
-def _gain(groups: Sequence[Group]) -> tuple[str, Any, Any]:
-    """On which images accuracies are compared; before, and after: what is there of them."""
+def _gain(groups: Sequence[Group]) -> tuple[str, Any, Any, Any]:
+    """On which images accuracies are compared; the first plain training, the best of the plain ones
+    and the best of GenKL: what is there of them. The best is so on the validation images."""
     what, _ = accuracies(groups)
-    before = after = None
+    plain: list[Any] = []
+    ours: list[Any] = []
     for group in groups:
         score = spread(group.test if what == "test" else group.validation)
-        if score is None:
-            continue
-        if group.kind not in _PLAIN:
-            after = {"group": group, "score": score}
-        elif before is None:
-            before = {"group": group, "score": score}
-    return what, before if after else None, after or before
+        if score is not None:
+            validation = spread(group.validation)
+            found = {"group": group, "score": score, "by": validation.mean if validation else 0.0}
+            (plain if group.kind in _PLAIN else ours).append(found)
+
+    def best(of: list[Any]) -> Any:
+        # Without validation images the last one.
+        return max(reversed(of), key=lambda found: found["by"]) if of else None
+
+    if not ours:
+        return what, None, None, best(plain)
+    return what, plain[0] if plain else None, best(plain), best(ours)
 
 
 def _missing(run: Run) -> dict[str, Any] | None:
