@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import json
 import os
 import re
@@ -114,12 +113,16 @@ def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     Only for a file that nobody else is writing.
     """
     target = Path(os.path.realpath(path))
-    pattern = f".{glob.escape(_stem(target))}.*.partial{glob.escape(target.suffix)}"
-    _remove(target.parent.glob(pattern))
+    if _stem(target) != target.stem:
+        return  # shortened: other files share what is left of the name
+    name = re.compile(
+        rf"\.{re.escape(target.stem)}\.[0-9a-f]{{12}}\.partial{re.escape(target.suffix)}"
+    )
+    _remove(found for found in target.parent.iterdir() if name.fullmatch(found.name))
 
 
 def _remove(found: Iterable[Path]) -> None:
-    for path in found:
+    for path in list(found):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 

@@ -112,6 +112,12 @@ class Unfinished:
         left = np.setdiff1d(np.arange(self._batches), finished, assume_unique=True)
         self.todo: list[int] = left[ranks.rank :: ranks.size].tolist()
 
+    @staticmethod
+    def left(out: Path) -> bool:
+        """Whether an earlier job has left work on this file."""
+        target = Path(os.path.realpath(out))
+        return target.with_name(f".{target.name}.journal-0").exists()
+
     def write(self, batch: int, content: Any, noted: Sequence[Noted] = ()) -> None:
         """Fill a batch.
 

@@ -9,17 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import rule as rules
-from ..files import atomic_write
 from ..ranks import join
 from ..rule import GenKL
 from ..scoring.files import FileScores, Plan, plan, score_files
-from ..scoring.keys import Keys
 from ..scoring.sources import open_source
 from . import UsageError
 from .progress import Progress
 
 _NEEDED = ("alpha", "beta", "sigma")  # have neither a preset nor a default
 _SAMPLE = 1 << 24  # rows that the quantiles are of, at most
+_PIECE = 1 << 16
 _QUANTILES = (
     (0.0, "least"),
     (0.05, "5 %"),
@@ -107,8 +106,10 @@ def score(
         raise UsageError("--raw needs --num-classes, or --preset")
     rule = _rule(preset, given, inputs[0], array)
     reading: Any = {"logits": logits, "one_model": one_model, "column": array, "raw": raw}
+    ranks = join("cpu")
     if explain:
-        print(describe(plan(inputs, rule, **reading), out))
+        if ranks.first:
+            print(describe(plan(inputs, rule, ranks=ranks, **reading), out))
         return
     start = time.perf_counter()
     with Progress("scoring", "rows") as progress:
@@ -120,14 +121,13 @@ def score(
             nc_list=nc_list,
             validate=not no_validate,
             on_bad_row=on_bad_row,
-            progress=progress,
+            bad_rows=bad_rows,
+            ranks=ranks,
+            progress=progress if ranks.first else None,
             **reading,
         )
-    if not join().first:
-        return
-    if bad_rows is not None:
-        _write_rows(bad_rows, result.bad_rows, keys, result.rows)
-    print(summary(result, time.perf_counter() - start))
+    if ranks.first:
+        print(summary(result, time.perf_counter() - start))
 
 
 def describe(what: Plan, out: Path) -> str:
@@ -141,20 +141,12 @@ def describe(what: Plan, out: Path) -> str:
             "on",
             f"{what.processes} process(es), {rules.num_threads()} threads each, {_native_simd()}",
         ),
-        ("memory", f"about {what.memory_bytes / 1e6:,.0f} MB, and the program's own"),
+        ("memory", f"about {max(1, what.memory_bytes / 1e6):,.0f} MB, and the program's own"),
         ("if stopped", "goes on from the last chunk" if what.resumable else "begins anew: short"),
         ("time", f"about {what.seconds:.3g} s to read and score, as the first chunk went"),
         ("table", f"{out}, {what.output_bytes / 1e9:.3g} GB before encoding"),
     ]
     return "\n".join(f"{name:<16}{text}" for name, text in lines)
-
-
-def _write_rows(path: Path, rows: Any, keys: Path | None, count: int) -> None:
-    """One line for each row: its number, and its key after a tab."""
-    names = None if keys is None else Keys(keys, count)
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows.tolist():
-            file.write(f"{row}\n" if names is None else f"{row}\t{names[row]}\n")
 
 
 def _native_simd() -> str:
@@ -182,7 +174,9 @@ def summary(result: FileScores, seconds: float) -> str:
     share = f" ({100 * result.nc_count / rows:.3g} %)" if rows else ""
     rate = 1 / max(result.scoring_seconds, 1e-9)
     every = -(-rows // _SAMPLE) or 1
-    names, values = _quantiles(result.column("critical_alpha")[:][::every])
+    column = result.column("critical_alpha")
+    pieces = [column[i : i + every * _PIECE : every] for i in range(0, rows, every * _PIECE)]
+    names, values = _quantiles(np.concatenate(pieces) if pieces else np.empty(0))
     lines = [
         ("scored", f"{rows:,} rows of {classes} classes{of_models}"),
         ("non-conforming", f"{result.nc_count:,} rows{share} at alpha = {result.rule.alpha:g}"),

@@ -9,6 +9,7 @@ processes of a job that ``torchrun`` or SLURM started share the chunks.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import mmap
 import os
@@ -25,12 +26,12 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..files import atomic_write, remove_leftovers_of, require_writable
-from ..ranks import Ranks, join
+from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
 from .chunks import OnBadRow, score_rows
 from .keys import BLOCK_ROWS, Keys, write_nc_list
-from .sources import Fingerprint, Source, open_models, open_shards
+from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
 PathLike = str | os.PathLike[str]
@@ -83,25 +84,38 @@ class FileScores:
 
 
 class Column:
-    """A column of N rows that lies in pieces, in memory or in a file: ``column[start:stop]``."""
+    """A column of N rows that lies in pieces of a file: ``column[start:stop]``, ``column[row]``,
+    ``np.asarray(column)``."""
 
     def __init__(
-        self, rows: int, piece: int, read: Callable[[int, int, int], NDArray[Any]]
+        self,
+        rows: int,
+        piece: int,
+        dtype: np.dtype[Any],
+        read: Callable[[int, int, int], NDArray[Any]],
     ) -> None:
-        self._rows, self._piece, self._read = rows, piece, read
+        self._rows, self._piece, self._dtype, self._read = rows, piece, dtype, read
 
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, span: slice) -> NDArray[Any]:
-        start, stop, _ = span.indices(self._rows)
-        first, last = start // self._piece, max(start, stop - 1) // self._piece
-        pieces = []
-        for i in range(first, last + 1):
+    def __getitem__(self, span: slice | int) -> Any:
+        if not isinstance(span, slice):
+            row = range(self._rows)[span]
+            return self[row : row + 1][0]
+        start, stop, step = span.indices(self._rows)
+        if step < 0:
+            return self[:][span]
+        pieces = [np.empty(0, self._dtype)]
+        for i in range(start // self._piece, -(-stop // self._piece) if stop > start else 0):
             begin = i * self._piece
             end = min(begin + self._piece, self._rows)
             pieces.append(self._read(i, max(start, begin) - begin, min(stop, end) - begin))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        whole = pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+        return whole[::step]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[:].astype(dtype or self._dtype)
 
 
 class _InMemory:
@@ -136,14 +150,17 @@ class _OnDisk:
     """
 
     def __init__(self, file: Unfinished, rows: int, batch_rows: int) -> None:
-        self._file, self._rows, self._batch_rows = file, rows, batch_rows
+        self._file = file
         self.todo, self.resumed, self.noted = file.todo, file.resumed, file.noted
         with open(file.partial, "rb") as partial:
             # Once removed, the file is there as long as it is mapped.
-            self._map = mmap.mmap(partial.fileno(), 0, access=mmap.ACCESS_READ)
-        self.columns: dict[str, Any] = {
-            name: Column(rows, batch_rows, self._reader(name)) for name in _KINDS
-        }
+            content = mmap.mmap(partial.fileno(), 0, access=mmap.ACCESS_READ)
+        self.columns: dict[str, Any] = {}
+        before = 0
+        for name, kind in _KINDS.items():
+            read = _reader(content, rows, batch_rows, kind, before)
+            self.columns[name] = Column(rows, batch_rows, kind, read)
+            before += kind.itemsize
 
     def write(self, batch: int, columns: Mapping[str, NDArray[Any]], noted: list[Any]) -> None:
         content = b"".join(columns[name].tobytes() for name in _KINDS)
@@ -155,17 +172,19 @@ class _OnDisk:
     def discard(self) -> None:
         self._file.discard()
 
-    def _reader(self, name: str) -> Callable[[int, int, int], NDArray[Any]]:
-        before = list(_KINDS)[: list(_KINDS).index(name)]
-        skipped = sum(_KINDS[other].itemsize for other in before)
 
-        def read(batch: int, start: int, stop: int) -> NDArray[Any]:
-            first = batch * self._batch_rows
-            rows = min(self._batch_rows, self._rows - first)
-            place = first * _ROW_BYTES + rows * skipped + start * _KINDS[name].itemsize
-            return np.frombuffer(self._map, _KINDS[name], stop - start, place)
+def _reader(
+    content: mmap.mmap, rows: int, batch_rows: int, kind: np.dtype[Any], before: int
+) -> Callable[[int, int, int], NDArray[Any]]:
+    """Reads rows of a batch from the column that so many bytes of a row lie before."""
 
-        return read
+    def read(batch: int, start: int, stop: int) -> NDArray[Any]:
+        first = batch * batch_rows
+        filled = min(batch_rows, rows - first)
+        place = first * _ROW_BYTES + filled * before + start * kind.itemsize
+        return np.frombuffer(content, kind, stop - start, place)
+
+    return read
 
 
 def score_files(
@@ -182,7 +201,9 @@ def score_files(
     one_model: bool = False,
     column: str | Sequence[str] | None = None,
     raw: str | None = None,
+    bad_rows: PathLike | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FileScores:
     """Score prediction files in one pass and in bounded memory, and write the table of scores.
@@ -192,9 +213,9 @@ def score_files(
     predictions that was killed, or met an error, goes on where it was when it is started again
     with the same inputs and settings, and ends with the same bytes.
 
-    Memory is a few chunks and one block of the table, whatever the input is; and the key list,
-    where one is given. (The rows of one row group at a time for Parquet; a short job keeps its 21
-    bytes of results a row.)
+    Memory is a few chunks and one block of the table, whatever the input is. On top come the key
+    list, where one is given; some six times the largest row group of Parquet files; a byte a row
+    for "skip"; some 100 bytes for each run of bad rows; and 21 bytes a row in a short job.
 
     Args:
         inputs: the predictions of one model, or of M models, to be averaged: each a file of
@@ -215,7 +236,11 @@ def score_files(
         one_model: the inputs are shards of one model, in this order.
         column: which array, tensor or column, where the files have several; or the k columns.
         raw: dtype of ``.bin`` and ``.raw`` files.
+        bad_rows: text file to write the rows to that held no valid prediction: one line for each,
+            its number, and its key after a tab where there are keys.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
+        ranks: the processes of a job that share the rows and call this alike (``ranks.join``);
+            by default this process scores all of them.
         progress: called with (rows done, N) after every chunk.
 
     Returns:
@@ -232,11 +257,19 @@ def score_files(
     paths = _listed(inputs)
     if chunk_bytes < 1:
         raise ValueError(f"score: chunk_bytes must be at least 1, got {chunk_bytes}")
-    table = _check_output("out", out, [*paths, keys, nc_list])
-    list_ = _check_output("nc_list", nc_list, [*paths, keys])
+    if on_bad_row not in ("raise", "nan", "skip"):
+        raise ValueError(f"score: on_bad_row must be raise, nan or skip, got {on_bad_row!r}")
+    files_in = [Path(name) for path in paths for name in _local_files(path)]
+    table = _check_output("out", out, [*files_in, keys, nc_list, bad_rows])
+    if table is not None:
+        _check_not_among(table, paths)
+    list_ = _check_output("nc_list", nc_list, [*files_in, keys, bad_rows])
+    bad_list = _check_output("bad_rows", bad_rows, [*files_in, keys])
     if list_ is not None and keys is None:
         raise ValueError("score: nc_list needs keys, the text file with one key per row")
-    ranks = join() if table is not None else Ranks()
+    ranks = ranks or Ranks()
+    if ranks.size > 1 and table is None:
+        raise ValueError("score: out must be given for several processes: there they meet")
 
     with ExitStack() as stack:
         files = _open(paths, rule, stack, one_model, column, raw)
@@ -263,7 +296,7 @@ def score_files(
         input_bytes = sum(file.nbytes for file in files)
         batch_rows = _batch_rows(files, chunk_bytes)
         kept: _InMemory | _OnDisk
-        if table is None or (ranks.size == 1 and input_bytes < RESUME_BYTES) or rows == 0:
+        if table is None or rows == 0 or not _long(table, input_bytes, ranks):
             kept = _InMemory(rows, batch_rows)
             if not ranks.first:
                 kept.todo = []
@@ -271,7 +304,12 @@ def score_files(
             unfinished = stack.enter_context(
                 Unfinished(
                     table,
-                    {**settings, "batch_rows": batch_rows},
+                    # A file that was touched may have been changed between the samples.
+                    {
+                        **settings,
+                        "batch_rows": batch_rows,
+                        "modified": [f.modified for f in fingerprints],
+                    },
                     rows=rows,
                     row_bytes=_ROW_BYTES,
                     batch_size=batch_rows,
@@ -281,20 +319,23 @@ def score_files(
             )
             kept = _OnDisk(unfinished, rows, batch_rows)
             if ranks.first:
-                for path in filter(None, (table, list_)):
+                for path in filter(None, (table, list_, bad_list)):
                     remove_leftovers_of(path)
 
-        # Left in the opposite order: the table is ended, then put in its place if all went well.
-        writer = None
         skipped = None
         if on_bad_row == "skip":
             skipped = np.zeros(rows, bool)
             skipped[_ranges(kept.noted)] = True
         start = time.perf_counter()
+        # Left in the opposite order: the lists are put in place, then the table, once all of them
+        # are written.
         with ExitStack() as outputs:
+            writer = None
+            writing = outputs.enter_context(ExitStack())
             if table is not None and ranks.first:
                 temporary = outputs.enter_context(atomic_write(table))
-                writer = outputs.enter_context(
+                writing = outputs.enter_context(ExitStack())
+                writer = writing.enter_context(
                     TableWriter(temporary, kept.columns, key_list, settings, skipped)
                 )
             job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows)
@@ -311,6 +352,7 @@ def score_files(
                     skipped[bad] = True
                 if writer is not None:
                     writer.advance(rows)
+                writing.close()
                 nc = kept.columns["nc"]
                 nc_count = sum(
                     int(np.count_nonzero(nc[i : i + batch_rows]))
@@ -318,10 +360,12 @@ def score_files(
                 )
                 if list_ is not None and key_list is not None:
                     write_nc_list(outputs.enter_context(atomic_write(list_)), key_list, nc)
+                if bad_list is not None:
+                    _write_rows(outputs.enter_context(atomic_write(bad_list)), bad, key_list)
         kept.discard()
         if ranks.size > 1:
-            nc_count, found = ranks.broadcast([nc_count, bad.tolist()])
-            bad = np.array(found, np.int64)
+            nc_count, found = ranks.broadcast([nc_count, _spans(bad)])
+            bad = _ranges(found)
 
     return FileScores(
         rule=rule,
@@ -354,7 +398,7 @@ class Plan:
     chunks: int
     processes: int
     resumable: bool  #: whether a killed job goes on
-    memory_bytes: int  #: beside the program itself, and a key list, at most about so much
+    memory_bytes: int  #: about so much beside the program, a key list and a Parquet row group
     output_bytes: int  #: of the scores before they are encoded
     seconds: float  #: of reading and scoring, from the first chunk; writing may be slower
 
@@ -368,13 +412,14 @@ def plan(
     column: str | Sequence[str] | None = None,
     raw: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    ranks: Ranks | None = None,
 ) -> Plan:
     """What ``score_files`` would do with these arguments; one chunk is read and scored to tell.
 
     Raises:
         OSError, ValueError: as ``score_files``, of the inputs.
     """
-    ranks = join()
+    ranks = ranks or Ranks()
     with ExitStack() as stack:
         files = _open(_listed(inputs), rule, stack, one_model, column, raw)
         rows = files[0].shape[0]
@@ -565,7 +610,22 @@ def _spans(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _ranges(noted: Sequence[Any]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in noted)])
+    """The rows of such runs."""
+    spans = np.array(list(noted), np.int64).reshape(-1, 2)
+    lengths = spans[:, 1] - spans[:, 0]
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(spans[:, 0] - before, lengths)
+
+
+def _write_rows(path: Path, rows: NDArray[np.int64], keys: Keys | None) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows.tolist():
+            file.write(f"{row}\n" if keys is None else f"{row}\t{keys[row]}\n")
+
+
+def _long(table: Path, input_bytes: int, ranks: Ranks) -> bool:
+    """Whether work is kept for a start after this one. It is where a long job has left some."""
+    return ranks.size > 1 or input_bytes >= RESUME_BYTES or Unfinished.left(table)
 
 
 def _check_mask(leave_out: NDArray[np.bool_], rows: int) -> None:
@@ -594,6 +654,25 @@ def _check_output(
             raise ValueError(f"score: {name} must be another file than {other}")
     require_writable(output)
     return output
+
+
+def _local_files(path: PathLike) -> list[str]:
+    """The files of this machine that an input names."""
+    names = shards_of(path)
+    return [name.removeprefix("file://") for name in names if "://" not in name[6:]]
+
+
+def _check_not_among(output: Path, paths: Sequence[PathLike]) -> None:
+    """Raise ``ValueError`` if an input names all files of a kind, and the output would be one."""
+    place = Path(os.path.realpath(output))
+    for path in [os.fspath(path) for path in paths]:
+        folder = Path(os.path.realpath(path.removeprefix("file://")))
+        within = folder.is_dir() and place.parent == folder and place.suffix in SUFFIXES
+        if within or fnmatch.fnmatch(str(place), os.path.abspath(path)):
+            raise ValueError(
+                f"score: {output} would be one of the shards of {path} when this is started again; "
+                "write it elsewhere"
+            )
 
 
 def _same(a: Path, b: Path) -> bool:

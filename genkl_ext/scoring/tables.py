@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,12 @@ class TableWriter:
             block.update({name: column[start:stop] for name, column in self._columns.items()})
             if self._skipped is not None and self._skipped[start:stop].any():
                 there = ~self._skipped[start:stop]
-                block = {name: np.asarray(column)[there] for name, column in block.items()}
+                block = {
+                    name: list(compress(column, there))
+                    if isinstance(column, list)
+                    else column[there]
+                    for name, column in block.items()
+                }
             self._sink.write(block)
             self._written = stop
 

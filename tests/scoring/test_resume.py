@@ -18,6 +18,8 @@ import pytest
 
 import genkl_ext as gk
 from genkl_ext import unfinished
+from genkl_ext.files import atomic_write
+from genkl_ext.ranks import Ranks
 from genkl_ext.scoring import files, read_settings, score_files
 from genkl_ext.scoring.sources import Packed
 
@@ -129,7 +131,7 @@ def test_a_truncated_input_is_refused_and_the_work_kept(
 ) -> None:
     whole = job(arrays, "whole.parquet")
     stopped(arrays, "t.parquet", monkeypatch, 5)
-    content = (arrays / "p1.npy").read_bytes()
+    content, was = (arrays / "p1.npy").read_bytes(), (arrays / "p1.npy").stat().st_mtime_ns
     (arrays / "p1.npy").write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"p1\.npy is truncated"):
         job(arrays, "t.parquet")
@@ -137,6 +139,7 @@ def test_a_truncated_input_is_refused_and_the_work_kept(
     with pytest.raises(FileNotFoundError, match=r"p1\.npy does not exist"):
         job(arrays, "t.parquet")
     (arrays / "p1.npy").write_bytes(content)
+    os.utime(arrays / "p1.npy", ns=(was, was))
     again = job(arrays, "t.parquet")
     assert again.resumed > 0 and again.nc_count == whole.nc_count
     assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
@@ -222,6 +225,8 @@ PROGRAM = """
 import sys, time
 import genkl_ext as gk
 from genkl_ext import unfinished
+from genkl_ext.files import atomic_write
+from genkl_ext.ranks import Ranks
 from genkl_ext.scoring import files
 from genkl_ext.scoring.sources import Packed
 
@@ -286,10 +291,9 @@ import sys
 import genkl_ext as gk
 from genkl_ext.ranks import join
 
-join("cpu")
 rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
 done = gk.score_files(["p0.npy", "p1.npy"], rule, sys.argv[1], keys="keys.txt",
-                      nc_list=sys.argv[1] + ".txt", chunk_bytes=4000)
+                      nc_list=sys.argv[1] + ".txt", chunk_bytes=4000, ranks=join("cpu"))
 print(done.rows, done.nc_count)
 """
 
@@ -306,3 +310,88 @@ def test_two_processes_give_the_bytes_of_one(arrays: Path) -> None:
     assert (arrays / "t.parquet.txt").read_bytes() == (arrays / "whole.txt").read_bytes()
     assert hidden(arrays) == []
     assert json.dumps(read_settings(arrays / "t.parquet"))
+
+
+def test_a_file_that_was_touched_is_scored_anew(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change between the sampled blocks does not show in them."""
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    q = np.load(arrays / "p0.npy")
+    monkeypatch.setattr("genkl_ext.scoring.sources.sample_digest", lambda *_: "the same")
+    stopped_before = hidden(arrays)
+    assert stopped_before
+    with pytest.warns(UserWarning, match="begun anew"):
+        stopped(arrays, "t.parquet", monkeypatch, 5)  # another digest
+    np.save(arrays / "p0.npy", q[::-1])
+    os.utime(arrays / "p0.npy", ns=(1, 1))
+    with pytest.warns(UserWarning, match="begun anew"):
+        result = job(arrays, "t.parquet")
+    expected = RULE.score([q[::-1], np.load(arrays / "p1.npy")])
+    np.testing.assert_array_equal(result.scores.critical_alpha, expected.critical_alpha)
+
+
+def test_a_short_job_takes_up_what_a_long_one_left(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    monkeypatch.setattr(files, "RESUME_BYTES", 1 << 30)
+    assert job(arrays, "t.parquet").resumed > 0
+    assert hidden(arrays) == []
+    assert job(arrays, "t.parquet").resumed == 0
+
+
+def test_what_others_are_writing_is_left_alone(arrays: Path) -> None:
+    long = "x" * 64
+    for mine, other in (("t.parquet", "t.v2.parquet"), (f"{long}a.npy", f"{long}b.npy")):
+        with atomic_write(arrays / other) as temporary:
+            temporary.write_text("other")
+            job(arrays, mine)
+        assert (arrays / other).read_text() == "other"
+
+
+def test_slices_of_a_column_on_disk(arrays: Path) -> None:
+    result = job(arrays, "t.parquet")
+    column, whole = result.column("votes"), result.scores.votes
+    for span in (
+        slice(None), slice(None, None, 7), slice(10, 5), slice(1040, 1040), slice(0, 0),
+        slice(-30, None), slice(99, 401, 3), slice(None, None, -1), slice(5000, 6000),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(column[span], whole[span])
+        assert column[span].dtype == whole.dtype
+    assert (column[3], column[-1]) == (whole[3], whole[-1]) and len(column) == 1040
+    with pytest.raises(IndexError):
+        column[1040]
+    np.testing.assert_array_equal(np.asarray(column), whole)
+
+
+@pytest.mark.parametrize("name", ["out", "nc_list", "bad_rows"])
+def test_an_output_is_no_input(arrays: Path, name: str) -> None:
+    (arrays / "shards").mkdir()
+    for i in (0, 1):
+        os.rename(arrays / f"p{i}.npy", arrays / f"shards/p{i}.npy")
+    (arrays / "keys.txt").write_text("".join(f"k{i}\n" for i in range(2080)))
+    before = {path: path.read_bytes() for path in arrays.rglob("*") if path.is_file()}
+    for inputs in ("shards", "shards/*.npy", f"file://{arrays}/shards/p0.npy"):
+        path = inputs if "://" in inputs else arrays / inputs
+        given: dict[str, Any] = {
+            "out": arrays / "t.npy", "nc_list": arrays / "nc.txt", "bad_rows": arrays / "bad.txt",
+            "keys": arrays / "keys.txt",
+        }  # fmt: skip
+        given[name] = arrays / "shards/p0.npy"
+        with pytest.raises(ValueError, match=rf"{name} must be another file than .*p0\.npy"):
+            score_files(path, RULE, **given)
+    given["bad_rows"] = given["nc_list"]
+    if name == "out":
+        with pytest.raises(ValueError, match="would be one of the shards"):
+            score_files(arrays / "shards", RULE, arrays / "shards/new.npy")
+        with pytest.raises(ValueError, match="would be one of the shards"):
+            score_files(arrays / "shards/*.npy", RULE, arrays / "shards/new.npy")
+    assert before == {path: path.read_bytes() for path in arrays.rglob("*") if path.is_file()}
+
+
+def test_wrong_settings(arrays: Path) -> None:
+    with pytest.raises(ValueError, match="on_bad_row must be raise, nan or skip, got 'skpi'"):
+        job(arrays, "t.parquet", on_bad_row="skpi")
+    with pytest.raises(ValueError, match="out must be given for several processes"):
+        score_files(arrays / "p0.npy", RULE, ranks=Ranks(0, 2, 0, 2))
