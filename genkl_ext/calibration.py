@@ -47,7 +47,7 @@ from .sweep import _settings, critical_alphas
 
 if TYPE_CHECKING:
     from .rule import Array
-    from .sweep import Inputs
+    from .sweep import Inputs, Progress
 
 Float32 = NDArray[np.float32]
 
@@ -139,6 +139,7 @@ def calibrate(
     folds: int = 5,
     confidence: float = 0.95,
     logits: bool = False,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Choose alpha, and one of several betas, on verified clean rows.
 
@@ -162,6 +163,7 @@ def calibrate(
         folds: parts of the clean rows, for "accuracy".
         confidence: that the intervals hold, all of them together.
         logits: the predictions are logits.
+        progress: called with (noisy rows done, N).
 
     Raises:
         TypeError, ValueError: an argument that is missing or is not what it should be; no clean
@@ -190,8 +192,9 @@ def calibrate(
         head = _Head(
             _array("features", features, 2),
             _array("labels", labels, 1),
-            _array("clean_features", clean_features, 2, len(usable))[usable],
-            _array("clean_labels", clean_labels, 1, len(usable))[usable],
+            _array("clean_features", clean_features, 2, len(usable)),
+            _array("clean_labels", clean_labels, 1, len(usable)),
+            usable,
             folds,
         )
     rows = int(usable.sum())
@@ -207,7 +210,8 @@ def calibrate(
     ]
     chosen = 0
     if noisy is not None:
-        critical = critical_alphas(noisy, [c.rule for c in candidates], logits=logits)
+        fits = [c.rule for c in candidates]
+        critical = critical_alphas(noisy, fits, logits=logits, progress=progress)
         there = int(np.count_nonzero(~np.isnan(critical[0])))
         for i, c in enumerate(candidates):
             # Exact: the critical alphas were made with the alpha that they are held against.
@@ -339,10 +343,25 @@ def _array(name: str, values: ArrayLike | None, dimensions: int, rows: int = -1)
     if values is None:
         raise ValueError(f"calibrate: {name} must be given for by='accuracy'")
     array = np.asarray(values)
+    if array.dtype.kind not in ("fiu" if dimensions == 2 else "iu"):
+        wanted = "numbers" if dimensions == 2 else "integers"
+        raise ValueError(f"calibrate: {name} must be {wanted}, got {array.dtype}")
     if array.ndim != dimensions or rows not in (-1, len(array)):
         wanted = f"{rows if rows >= 0 else 'N'}" + (", d" if dimensions == 2 else ",")
         raise ValueError(f"calibrate: {name} must be ({wanted}), got {array.shape}")
     return array
+
+
+def _require_finite(name: str, features: NDArray[Any], used: NDArray[np.bool_]) -> None:
+    """Raise ``ValueError`` for the first of the rows used that has NaN or infinity."""
+    bad = used & ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        column = int(np.argmin(np.isfinite(features[row])))
+        raise ValueError(
+            f"calibrate: {name} must be finite, got {features[row, column]} at row {row}, "
+            f"column {column}"
+        )
 
 
 class _Head:
@@ -354,12 +373,21 @@ class _Head:
         labels: NDArray[Any],
         clean_features: NDArray[Any],
         clean_labels: NDArray[Any],
+        usable: NDArray[np.bool_],
         folds: int,
     ) -> None:
+        """``usable``: (V,) clean rows that have a prediction."""
         if len(features) != len(labels):
             raise ValueError(
                 f"calibrate: labels must be ({len(features)},) like features, got {labels.shape}"
             )
+        if clean_features.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"calibrate: clean_features must have {features.shape[1]} columns like features, "
+                f"got {clean_features.shape[1]}"
+            )
+        _require_finite("clean_features", clean_features, usable)
+        clean_features, clean_labels = clean_features[usable], clean_labels[usable]
         if not 2 <= folds <= len(clean_labels):
             raise ValueError(
                 f"calibrate: folds must be from 2 to {len(clean_labels)} (clean rows), got {folds}"
@@ -382,6 +410,7 @@ class _Head:
             raise ValueError(
                 f"calibrate: labels must be ({len(noisy)},) like noisy, got {self._labels.shape}"
             )
+        _require_finite("features", self._features, ~np.isnan(noisy) & (self._labels >= 0))
         reached = []
         for fold in self._folds:
             others = np.delete(clean, fold)

@@ -48,6 +48,7 @@ FALSE_POSITIVES = 0.05
 _CELLS = 1 << 20  # draws times rows at one time: they stay in the cache
 _STRIPE = 1 << 13  # rows that are drawn from at a time, for the same reason
 _CURVE_POINTS = 384  # at most
+_ROUNDING = 8 * np.finfo(np.float64).eps  # relative, of a share that was computed
 _CLASSES_SHOWN, _IDENTIFIERS_SHOWN = 30, 6  # in the table of classes, which may have hundreds
 
 _Table = tuple[str, list[str], list[list[str]]]
@@ -228,7 +229,8 @@ def evaluate(
         decisions: name -> (N,) bool, what an identifier flags by its own rule.
         groups: (N,) integers, the given labels: each class is evaluated by itself, too. Rows with
             -1 are in no class.
-        group_names: names of the classes 0, 1, ...; by default their numbers.
+        group_names: names of the classes 0, 1, ...; by default their numbers. Where classes share
+            a name, as two of ImageNet are called "crane", it is followed by the number: "crane (134)".
         shares: flagged shares of all rows at which recall is reported.
         false_positives: share of the negatives at which recall is reported.
         draws: of the bootstrap; 0: no intervals.
@@ -255,6 +257,7 @@ def evaluate(
     kind = _truth(truth, rows) if verified is None else _verified(verified, rows)
     flagged = _decisions(decisions or {}, named, rows)
     labels = None if groups is None else _labels(groups, rows, group_names)
+    class_names = None if group_names is None else _told_apart(group_names)
     _require_shares("shares", shares)
     _require_shares("false_positives", [false_positives])
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
@@ -276,7 +279,7 @@ def evaluate(
     if labels is not None:
         for c in np.unique(labels[known]):
             if c >= 0:
-                group = str(c) if group_names is None else group_names[c]
+                group = str(c) if class_names is None else class_names[c]
                 parts[group] = np.flatnonzero(labels[known] == c)
     jobs = {
         (group, name): _Job(
@@ -420,7 +423,7 @@ def read_verified(path: str | os.PathLike[str], manifest: Manifest) -> NDArray[n
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
             first = [line.removesuffix("\r") for line in lines].index(keys[found.argmin()])
             where = f" in line {first + 1}"
-        raise ValueError(f"evaluate: {error.args[0]}{where}") from error
+        raise ValueError(f"{error.args[0]}{where}") from error
     named = manifest.split("train").table["key"].filter(np.asarray(listed))
     repeated = len(keys) - len(without_prefix(named, KEY_PREFIX).unique())
     if repeated:
@@ -571,16 +574,18 @@ class _Ranking:
         """(B, limits): recall where ``measure``, which grows with the level, reaches each limit;
         the largest one if it stays there for a while. Linear within a level."""
         wanted = np.asarray(limits, np.float64)[None, :]
+        # 0.7 / 100 is less than 7 / 1000 by rounding, and means the same.
+        reached = wanted * (1 + _ROUNDING)
         low = np.zeros((len(tally.found), len(limits)), np.intp)
         high = np.full_like(low, self.levels)
         while (low < high).any():
             middle = (low + high + 1) // 2
-            within = measure(middle) <= wanted
+            within = measure(middle) <= reached
             low = np.where(within, middle, low)
             high = np.where(within, high, middle - 1)
         after = np.minimum(low + 1, self.levels)
         begin, end = measure(low), measure(after)
-        part = _ratio(wanted - begin, end - begin, undefined=0.0)
+        part = _ratio((wanted - begin).clip(0), end - begin, undefined=0.0)
         found = self._upto(tally.found, self.found_at, low)
         more = self._upto(tally.found, self.found_at, after) - found
         return _ratio(found + part * more, tally.positives[:, None])
@@ -798,8 +803,6 @@ def _labels(groups: Any, rows: int, names: Sequence[str] | None) -> NDArray[np.i
         raise ValueError(
             f"evaluate: groups must be ({rows},) integers, got {labels.shape} {labels.dtype}"
         )
-    if names is not None and len(set(names)) < len(names):
-        raise ValueError("evaluate: group_names must differ from each other")
     if names is not None and labels.max() >= len(names):
         row = int(np.argmax(labels))
         raise ValueError(
@@ -807,6 +810,14 @@ def _labels(groups: Any, rows: int, names: Sequence[str] | None) -> NDArray[np.i
             f"got {labels[row]} at row {row}"
         )
     return labels
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names that are there more than once are followed by their class numbers."""
+    made = [name if names.count(name) == 1 else f"{name} ({c})" for c, name in enumerate(names)]
+    if len(set(made)) < len(made):  # one of them is the other's name and number
+        raise ValueError("evaluate: group_names must differ from each other")
+    return made
 
 
 def _require_shares(name: str, shares: Sequence[float]) -> None:

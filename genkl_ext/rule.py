@@ -72,7 +72,12 @@ class Scores:
         lies within ``rule.resolution`` (relative) of the exact one.
         """
         _require_number("at", "alpha", alpha, low=0)
-        return self.critical_alpha >= alpha
+        if alpha == self.rule.alpha:
+            return self.nc
+        # In float64: beside an array of float32 NumPy would round a Python number to float32.
+        critical: Any = self.critical_alpha
+        exact: Array = critical.double() if _is_tensor(critical) else critical.astype(np.float64)
+        return exact >= alpha
 
     def check(self) -> Scores:
         """Raise ``ValueError`` if a row of the predictions was invalid; return self.

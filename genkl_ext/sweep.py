@@ -63,9 +63,11 @@ class Sweep:
     nc_counts: NDArray[np.int64]  #: (R, A) NC rows
     #: (rule, rule) -> (A,) rows that both call NC; of rules that differ in nothing but the seed
     both_counts: dict[tuple[int, int], NDArray[np.int64]]
-    truly_nc: int | None = None  #: rows that are NC in truth, if that was given
-    true_counts: NDArray[np.int64] | None = None  #: (R, A) NC rows that are so in truth
-    auroc: NDArray[np.float64] | None = None  #: (R,) of critical alpha; NaN if truth has one side
+    truly_nc: int | None = None  #: rows that are NC in truth, or known to be, if that was given
+    true_counts: NDArray[np.int64] | None = None  #: (R, A) NC rows that are among these
+    #: (R,) of critical alpha; NaN if truth has one side; None without truth of all rows
+    auroc: NDArray[np.float64] | None = None
+    positives_only: bool = False  #: of the other rows nothing is known: there is only recall
     clean_rows: int | None = None  #: verified rows that were scored, if given
     clean_counts: NDArray[np.int64] | None = None  #: (R, A) verified rows that are called NC
 
@@ -126,10 +128,15 @@ class Sweep:
                 (the mean of recall and of the share of conforming rows that is not flagged).
 
         Raises:
-            ValueError: no truth was given, or another name.
+            ValueError: no truth was given, or another name; or only some NC rows are known
+                (``verified``), and it is not "recall".
         """
         if self.true_counts is None or self.truly_nc is None:
             raise ValueError("sweep: quality needs truth, which rows are NC")
+        if self.positives_only and name != "recall":
+            raise ValueError(
+                f"sweep: quality must be 'recall' where only some NC rows are known, got {name!r}"
+            )
         hits, flagged, positives = self.true_counts, self.nc_counts, self.truly_nc
         if name == "precision":
             return _ratio(hits, flagged)
@@ -177,12 +184,11 @@ class Sweep:
             "nc_counts": self.nc_counts.tolist(),
             "groups": groups,
         }
-        if self.true_counts is not None and self.auroc is not None:
-            result["truth"] = {
-                "nc": self.truly_nc,
-                "true_counts": self.true_counts.tolist(),
-                "auroc": _plain(self.auroc),
-            }
+        if self.true_counts is not None:
+            known = {"nc": self.truly_nc, "true_counts": self.true_counts.tolist()}
+            if self.auroc is not None:
+                known["auroc"] = _plain(self.auroc)
+            result["verified" if self.positives_only else "truth"] = known
         if self.clean_counts is not None:
             result["clean"] = {"rows": self.clean_rows, "nc_counts": self.clean_counts.tolist()}
         return json.dumps(result, indent=1) + "\n"
@@ -191,12 +197,14 @@ class Sweep:
         """A line for each group at its own alpha, means over its seeds, in columns of text.
 
         Shares in %. "J" is the mean Jaccard index between seeds, "FP" the share of verified rows
-        that is flagged; with truth come AUROC, F1 and, over the whole alpha axis, the best F1.
+        that is flagged; with truth come AUROC, F1 and, over the whole alpha axis, the best F1; where
+        only some NC rows are known, the share of these that is flagged, the recall.
         """
         shares = self.shares
         header = ["beta", "sigma", "m", "seeds", "alpha", "NC %", "J"]
         header += ["FP %"] if self.clean_counts is not None else []
-        header += ["AUROC", "F1", "best F1", "at alpha"] if self.true_counts is not None else []
+        header += ["AUROC", "F1", "best F1", "at alpha"] if self.auroc is not None else []
+        header += ["recall %"] if self.positives_only else []
         lines = [header]
         for group, jaccard in zip(self.groups, self.stability(), strict=True):
             rule, rules = self.rules[group[0]], list(group)
@@ -212,6 +220,8 @@ class Sweep:
                 best = int(np.nanargmax(f1)) if not np.isnan(f1).all() else at
                 line += [_text(self.auroc[rules].mean(), 4), _text(f1[at], 4), _text(f1[best], 4)]
                 line += [f"{self.alphas[best]:.4g}"]
+            if self.positives_only:
+                line += [_text(100 * self.quality("recall")[rules, at].mean(), 2)]
             lines.append(line)
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
@@ -251,6 +261,7 @@ def sweep(
     *,
     alphas: Sequence[float] | None = None,
     truth: ArrayLike | None = None,
+    verified: ArrayLike | None = None,
     clean: Inputs | None = None,
     logits: bool = False,
     validate: bool = True,
@@ -265,7 +276,9 @@ def sweep(
             and files, a row of nothing but NaN has no prediction and is left out.
         rules: of k classes each; :func:`grid` makes them.
         alphas: where to count; by default 0 to 2 in steps of 0.01. Those of the rules are added.
-        truth: (N,) bool, which rows are NC; for :meth:`Sweep.quality` and AUROC.
+        truth: (N,) bool, which rows are NC and which are not; for :meth:`Sweep.quality` and AUROC.
+        verified: instead of ``truth``, where only some NC rows are known: (N,) bool, which these
+            are. Nothing is said of the others, so there is nothing but recall.
         clean: predictions of verified rows, for :attr:`Sweep.false_positives`.
         logits: the predictions are logits, ``clean`` too.
         validate: check every row, as :meth:`GenKL.score` does.
@@ -278,9 +291,9 @@ def sweep(
     chosen = _listed(rules)
     points = _alphas(alphas, chosen)
     with _open(predictions, chosen) as source:
-        known = _truth(truth, source.rows)
+        known = _known(truth, verified, source.rows)
         counts = _Counts(chosen, points)
-        kept = None if known is None else np.empty((len(chosen), source.rows), np.float32)
+        kept = None if truth is None else np.empty((len(chosen), source.rows), np.float32)
 
         def take(start: int, critical: NDArray[np.float32]) -> None:
             counts.add(critical, None if known is None else known[start : start + len(critical[0])])
@@ -309,6 +322,7 @@ def from_critical_alphas(
     *,
     alphas: Sequence[float] | None = None,
     truth: ArrayLike | None = None,
+    verified: ArrayLike | None = None,
     clean: ArrayLike | None = None,
 ) -> Sweep:
     """The same from critical alphas that were stored: nothing is scored.
@@ -316,7 +330,7 @@ def from_critical_alphas(
     Args:
         critical: (R, N) float32, of R rules; NaN where a row has no prediction.
         rules: the R rules, or the one.
-        alphas, truth: as for :func:`sweep`.
+        alphas, truth, verified: as for :func:`sweep`.
         clean: (R, V), of verified rows.
 
     Raises:
@@ -325,14 +339,14 @@ def from_critical_alphas(
     chosen = _listed(rules)
     points = _alphas(alphas, chosen)
     values = _stored("critical", critical, chosen)
-    known = _truth(truth, values.shape[1])
+    known = _known(truth, verified, values.shape[1])
     counts = _Counts(chosen, points)
     counts.add(values, known)
     checked = None
     if clean is not None:
         checked = _Counts(chosen, points, pairs=False)
         checked.add(_stored("clean", clean, chosen))
-    return _result(chosen, points, counts, known, values, checked)
+    return _result(chosen, points, counts, known, None if truth is None else values, checked)
 
 
 def critical_alphas(
@@ -372,7 +386,7 @@ class _Counts:
         self._points = points
         groups = _groups(rules) if pairs else ()
         self._lock = threading.Lock()
-        self.rows = self.left_out = 0
+        self.rows = self.left_out = self.known = 0
         self.nc = np.zeros((len(rules), len(alphas)), np.int64)
         self.true = np.zeros_like(self.nc)
         self.both = {
@@ -399,7 +413,8 @@ class _Counts:
             self.nc += nc
             for pair, counts in both.items():
                 self.both[pair] += counts
-            if true is not None:
+            if truth is not None and true is not None:
+                self.known += int(np.count_nonzero(truth))
                 self.true += true
 
     def _reaching(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -580,14 +595,22 @@ def _alphas(alphas: Sequence[float] | None, rules: tuple[GenKL, ...]) -> NDArray
     return np.union1d(given, [rule.alpha for rule in rules])
 
 
-def _truth(truth: ArrayLike | None, rows: int) -> NDArray[np.bool_] | None:
-    if truth is None:
+def _known(
+    truth: ArrayLike | None, verified: ArrayLike | None, rows: int
+) -> NDArray[np.bool_] | None:
+    """(N,) which rows are NC in truth, or are known to be."""
+    if truth is not None and verified is not None:
+        raise ValueError("sweep: truth and verified cannot both be given")
+    name, given = ("truth", truth) if verified is None else ("verified", verified)
+    if given is None:
         return None
-    known = np.asarray(truth)
+    known = np.asarray(given)
     if known.shape != (rows,) or known.dtype != bool:
         raise ValueError(
-            f"sweep: truth must be ({rows},) booleans, got {known.shape} {known.dtype}"
+            f"sweep: {name} must be ({rows},) booleans, got {known.shape} {known.dtype}"
         )
+    if verified is not None and rows and not known.any():
+        raise ValueError("sweep: verified must have a row that is NC, got none")
     return known
 
 
@@ -603,11 +626,17 @@ def _result(
     alphas: NDArray[np.float64],
     counts: _Counts,
     truth: NDArray[np.bool_] | None,
-    critical: NDArray[np.float32] | None,
+    critical: NDArray[np.float32] | None,  # with truth of all rows
     clean: _Counts | None,
 ) -> Sweep:
     known: dict[str, Any] = {}
-    if truth is not None and critical is not None:
+    if truth is not None and critical is None:
+        known = {
+            "truly_nc": counts.known,
+            "true_counts": counts.true,
+            "positives_only": True,
+        }
+    elif truth is not None and critical is not None:
         from .evaluation import auroc
 
         there = ~np.isnan(critical[0])
@@ -615,7 +644,7 @@ def _result(
         if there.any():
             areas[:] = [auroc(values[there], truth[there]) for values in critical]
         known = {
-            "truly_nc": int(np.count_nonzero(truth[there])),
+            "truly_nc": counts.known,
             "true_counts": counts.true,
             "auroc": areas,
         }

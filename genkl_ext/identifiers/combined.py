@@ -179,10 +179,17 @@ def least_nc_share(
     Args:
         features, reference, reference_labels, shrinkage, validate: as for :func:`density_ratio`.
         seed: of the halves.
+
+    Raises:
+        TypeError, ValueError: as :func:`density_ratio`, of the reference or a half of it.
     """
     from ..evaluation import auroc
 
-    labels = on_host(reference_labels)
+    where = "least_nc_share"
+    reference = as_matrix(where, "reference", reference)
+    labels = check_labels(
+        where, "reference_labels", on_host(reference_labels), len(reference), reference
+    )
     halves = np.array_split(np.random.default_rng(seed).permutation(len(reference)), 2)
     areas = []
     for fitted, held in (halves, halves[::-1]):

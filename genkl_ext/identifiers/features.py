@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rule import _is_tensor
 from .inputs import (
     FLOATS,
     as_kind,
@@ -351,7 +352,8 @@ def as_matrix(where: str, name: str, array: Any) -> Float64:
 
 
 def on_host(labels: Any) -> Any:
-    return labels if labels is None or isinstance(labels, np.ndarray) else np.asarray(host(labels))
+    """Labels as a NumPy array: of an array, a tensor or a list; None stays."""
+    return labels if labels is None else np.asarray(host(labels) if _is_tensor(labels) else labels)
 
 
 def finite_rows(where: str, name: str, x: Float64, validate: bool) -> NDArray[np.bool_]:

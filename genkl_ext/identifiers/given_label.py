@@ -103,11 +103,16 @@ def dsos_split(
     A row is clean when its :func:`dsos` score is below ln 2. The scores of the others are scaled
     to [0, 1] and a mixture of two beta distributions is fitted to them; a noisy row is
     in-distribution when its posterior of the component with the lower mean is at least
-    ``confidence``, and out-of-distribution otherwise. Without two different scores to fit,
-    the lower half of the scale is in-distribution. Deterministic.
+    ``confidence``, and out-of-distribution otherwise. Without two different scores to fit, noisy
+    rows are in-distribution if their score is below the middle of ln 2, that of a sure wrong label,
+    and ln 4 - ln(1 + 3/k), that of a uniform prediction. Deterministic.
+
+    The split is meant for k >= 4. With 3 classes a uniform prediction scores ln 2 itself and lies on
+    the border of clean rows, with 2 it scores less and counts as clean. Then a single noisy score
+    is in-distribution.
 
     Args:
-        predictions, labels, validate: as for :func:`self_confidence`.
+        predictions, labels, validate: as for :func:`self_confidence`; k at least 4 for a use.
         confidence: the published program relabels what is above 0.9, and softens the label of
             the rest by its posterior of the other component.
         iterations: at most so many of expectation-maximization.
@@ -129,7 +134,9 @@ def dsos_split(
             scaled = (values[noisy] - low) / (high - low)
             inside[noisy] = _lower_component(scaled, iterations) >= confidence
         else:
-            inside[noisy] = True
+            classes = Rows.of("dsos_split", "predictions", predictions).classes
+            undecided = math.log(4.0) - math.log1p(3.0 / classes)
+            inside[noisy] = classes < 4 or low < (math.log(2.0) + undecided) / 2
     outside = np.zeros_like(inside)
     outside[noisy] = ~inside[noisy]
     return NoiseSplit(

@@ -9,7 +9,7 @@
 
 Local files, or URLs of any file system that fsspec knows. Several files in a row are one source
 (:class:`Shards`). Nothing is unpickled, and no size that a file states is believed before the file
-has that many bytes.
+has that many bytes. Nulls of a table are read as NaN, which validation of the rows finds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,8 +25,9 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -39,11 +41,18 @@ SUFFIXES = (
 )  # fmt: skip
 SAMPLE_BLOCKS = 64
 SAMPLE_BYTES = 1 << 16
+OPEN_SHARDS = 64  # of all sources together; each takes up to two file descriptors
 _LARGEST_HEADER = 100 << 20  # bytes; what safetensors itself allows
+_LARGEST_NPY_HEADER = 1 << 16  # bytes; NumPy reads none above 10,000
 # What zipfile raises on archives that are damaged, or use what it does not know.
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, OverflowError,
     struct.error,
+)  # fmt: skip
+# What pyarrow raises, beside its own exceptions, and Zarr with its codecs.
+_READER_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, MemoryError, OverflowError,
+    EOFError, zlib.error,
 )  # fmt: skip
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -76,11 +85,16 @@ class Source:
         name: path or URL, for messages.
         shape: (N, k).
         dtype: one of ``DTYPES``.
+        knows_k: False of a table of lists without a row that says how many numbers they hold; its
+            k is 0 until :class:`Shards` tells it.
+        state: what changes when the file is written to.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: str
+    knows_k: bool = True
+    state: tuple[Any, ...] = ()
 
     @property
     def row_bytes(self) -> int:
@@ -107,6 +121,9 @@ class Source:
     def check_unchanged(self) -> None:
         """Raise ``ValueError`` if a file was written to since it was opened."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Let go of rows that are kept in memory for the next reading."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -136,20 +153,21 @@ class Bytes:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._stat = os.fstat(self._file)
         self.size, self.modified = self._stat.st_size, self._stat.st_mtime_ns
+        self.state: tuple[Any, ...] = (self.size, self.modified)
 
     def _open_remote(self) -> None:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(self.name)
+        system, path = _file_system(self.name)
         try:
             about = system.info(path)
         except FileNotFoundError:
             raise FileNotFoundError(f"score: {self.name} does not exist") from None
         if about.get("type") == "directory":
             raise IsADirectoryError(f"score: {self.name} is a folder")
+        if about.get("size") is None:
+            raise OSError(f"score: {self.name} cannot be read: its server does not say its size")
         self._remote, self._path = system, path
         self.size, self.modified = int(about["size"]), 0
-        self._identity = _identity(about)
+        self.state = _identity(about)
 
     @property
     def basename(self) -> str:
@@ -193,12 +211,11 @@ class Bytes:
 
     def check_unchanged(self) -> None:
         if self._remote is not None:
-            same = _identity(self._remote.info(self._path)) == self._identity
+            state = _identity(self._remote.info(self._path))
         else:
             now = os.fstat(self._file)
-            same = (now.st_size, now.st_mtime_ns) == (self.size, self.modified)
-        if not same:
-            raise ValueError(f"score: {self.name} was changed while it was read")
+            state = (now.st_size, now.st_mtime_ns)
+        _require_state(self.name, state, self.state)
 
     def close(self) -> None:
         if self._remote is None:
@@ -211,7 +228,7 @@ class _OneFile(Source):
     def __init__(self, file: Bytes, array: str | None = None) -> None:
         self._file = file
         self._array = array
-        self.name = file.name
+        self.name, self.state = file.name, file.state
 
     def fingerprints(self) -> tuple[Fingerprint, ...]:
         name = self._file.basename + (f":{self._array}" if self._array else "")
@@ -273,18 +290,19 @@ class Packed(_OneFile):
         else:
             rows = np.empty((n, k), self._stored)
             self._file.read_into(self._offset + start * k * size, _bytes(rows))
-        return _native(rows, self.dtype)
+        return native(rows, self.dtype)
 
 
 class Zipped(_OneFile):
     """A compressed array of an ``.npz`` file: read in order, from the beginning."""
 
-    def __init__(self, file: Bytes, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    def __init__(
+        self, file: Bytes, handle: Any, archive: zipfile.ZipFile, member: zipfile.ZipInfo
+    ) -> None:
         name = member.filename.removesuffix(".npy")
         super().__init__(file, name)
-        self._archive, self._member = archive, member
-        with archive.open(member) as stream:
-            shape, column_major, dtype, self._offset = _npy_header(stream, file.name)
+        self._handle, self._archive, self._member = handle, archive, member
+        shape, column_major, dtype, self._offset = _npz_header(archive, member, file.name)
         if column_major:
             raise ValueError(
                 f"score: {file.name}: {name} is compressed and in Fortran order, which cannot be "
@@ -310,7 +328,10 @@ class Zipped(_OneFile):
         with self._lock:
             row = self.shape[1] * self._stored.itemsize
             if self._stream is None or start < self._at:
-                self._stream = self._archive.open(self._member)
+                try:
+                    self._stream = self._archive.open(self._member)
+                except _ZIP_ERRORS as error:
+                    raise OSError(f"score: {self.name} is damaged: {_line(error)}") from error
                 self._at = 0
                 self._skip(self._offset)
             self._skip((start - self._at) * row)
@@ -321,7 +342,7 @@ class Zipped(_OneFile):
                 view[: len(piece)] = piece
                 view = view[len(piece) :]
             self._at = stop
-            return _native(rows, self.dtype)
+            return native(rows, self.dtype)
 
     def _skip(self, count: int) -> None:
         while count > 0:
@@ -332,13 +353,14 @@ class Zipped(_OneFile):
         try:
             piece: bytes = self._stream.read(min(most, 1 << 20))
         except _ZIP_ERRORS as error:
-            raise OSError(f"score: {self.name} is damaged: {error}") from error
+            raise OSError(f"score: {self.name} is damaged: {_line(error)}") from error
         if not piece:
             raise OSError(f"score: {self.name} is damaged: {self._array} ends early")
         return piece
 
     def close(self) -> None:
         self._archive.close()
+        self._handle.close()
         super().close()
 
 
@@ -346,26 +368,27 @@ class Table(_OneFile):
     """A Parquet or Arrow file: one column of lists of k numbers, or k columns of numbers."""
 
     def __init__(self, file: Bytes, columns: Sequence[str] | None) -> None:
-        import pyarrow as pa
-
         super().__init__(file)
+        parquet = file.basename.lower().endswith(".parquet")
+        kind = "Parquet" if parquet else "Arrow"
         self._handle = file.open()
         try:
-            self._read_group, self._starts, schema = (
-                _parquet if file.basename.endswith(".parquet") else _arrow
-            )(self._handle)
-        except (pa.ArrowInvalid, OSError) as error:
-            self._handle.close()
-            kind = "Parquet" if file.basename.endswith(".parquet") else "Arrow"
-            raise ValueError(f"score: {file.name} is not {kind} or is damaged: {error}") from error
-        try:
+            try:
+                with _damage(file.name):
+                    self._read, self._starts, schema = (_parquet if parquet else _arrow)(
+                        self._handle
+                    )
+            except OSError as error:
+                cause = _line(error.__cause__ or error)
+                raise ValueError(
+                    f"score: {file.name} is not {kind} or is damaged: {cause}"
+                ) from error
             self._columns = _columns_of(schema, columns, file.name)
             self._array = ",".join(self._columns)
-            self.dtype, k = self._kind(schema)
+            self._kind(schema)
         except BaseException:
             self._handle.close()
             raise
-        self.shape = (int(self._starts[-1]), k)
         self._group: tuple[int, NDArray[Any]] | None = None
         self._lock = Lock()
 
@@ -384,6 +407,10 @@ class Table(_OneFile):
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty((0, k), self.dtype)
 
+    def forget(self) -> None:
+        with self._lock:
+            self._group = None
+
     def close(self) -> None:
         self._handle.close()
         super().close()
@@ -397,49 +424,43 @@ class Table(_OneFile):
             return self._group[1]
 
     def _decode(self, group: int) -> NDArray[Any]:
+        """Its rows, NaN where the table has a null."""
+        columns = self._read_group(group)
+        k = self.shape[1]
+        if not self._lists:
+            rows = np.empty((len(columns[0]), k), self.dtype)
+            for c, column in enumerate(columns):
+                rows[:, c] = column.to_numpy(zero_copy_only=False)
+            return rows
+        with _damage(self.name):
+            other = first_of_other_length(columns[0], k)
+        if other is not None:
+            row = int(self._starts[group]) + other[0]
+            raise ValueError(
+                f"score: {self.name}: column {self._columns[0]} must hold {k} numbers, got "
+                f"{other[1]} at row {row}"
+            )
+        with _damage(self.name):
+            return list_rows(columns[0], k)[0]
+
+    def _read_group(self, group: int) -> list[Any]:
+        """The columns as Arrow arrays, checked so that nothing in them leads out of them."""
         import pyarrow as pa
 
-        try:
-            table = self._read_group(group, self._columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise OSError(f"score: {self.name} is damaged: {error}") from error
-        begin, k = int(self._starts[group]), self.shape[1]
-        if len(self._columns) == 1 and k > 1:
-            column = table.column(0)
-            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            numbers = column.flatten()
-            if column.null_count or numbers.null_count or len(numbers) != len(column) * k:
-                raise ValueError(self._describe_gap(column, begin))
-            return numbers.to_numpy(zero_copy_only=False).reshape(-1, k)
-        rows = np.empty((table.num_rows, k), self.dtype)
-        for c in range(k):
-            column = table.column(c)
-            if column.null_count:
-                row = begin + int(np.asarray(column.is_null()).argmax())
-                raise ValueError(
-                    f"score: {self.name}: column {self._columns[c]} is null at row {row}"
-                )
-            rows[:, c] = column.to_numpy()
-        return rows
+        with _damage(self.name):
+            table = self._read(group, self._columns)
+            columns = [
+                c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in table.columns
+            ]
+            return [c.storage if isinstance(c, pa.ExtensionArray) else c for c in columns]
 
-    def _describe_gap(self, column: Any, begin: int) -> str:
-        for i in range(len(column)):
-            row = column[i].as_py()
-            where = f"score: {self.name}: column {self._columns[0]}"
-            if row is None or None in row:
-                return f"{where} is null at row {begin + i}"
-            if len(row) != self.shape[1]:
-                return (
-                    f"{where} must hold {self.shape[1]} numbers, got {len(row)} at row {begin + i}"
-                )
-        raise AssertionError("no gap")
-
-    def _kind(self, schema: Any) -> tuple[str, int]:
-        """dtype and k."""
+    def _kind(self, schema: Any) -> None:
+        """Set dtype and shape."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
-        kinds = [schema.field(name).type for name in self._columns]
-        lists = [kind for kind in kinds if hasattr(kind, "value_type")]
+        kinds = [_stored(schema.field(name).type) for name in self._columns]
+        lists = [kind for kind in kinds if _is_list(kind)]
         if lists and len(kinds) > 1:
             raise ValueError(
                 f"score: {self.name} must have one column of lists, or columns of numbers, got "
@@ -452,23 +473,39 @@ class Table(_OneFile):
                 f"score: {self.name}: {', '.join(self._columns)} must be of one type of "
                 f"{', '.join(known.values())}, got {', '.join(sorted(map(str, numbers)))}"
             )
-        dtype = known[numbers.pop()]
+        self.dtype = known[numbers.pop()]
+        self._lists = bool(lists)
         if not lists:
-            return dtype, len(kinds)
-        if pa.types.is_fixed_size_list(lists[0]):
-            return dtype, lists[0].list_size
-        # Lists of any length: the first row says how long, the others are held to it.
-        for group in range(len(self._starts) - 1):
-            column = self._read_group(group, self._columns).column(0)
-            for i in range(min(1, len(column))):
-                value = column[i].as_py()
-                if value is not None:
-                    return dtype, len(value)
-        raise ValueError(f"score: {self.name}: column {self._columns[0]} has no first row")
+            k = len(kinds)
+        elif pa.types.is_fixed_size_list(lists[0]):
+            k = lists[0].list_size
+        else:
+            # Lists of any length: the first that is not null says how long they all must be.
+            k = None
+            for group in range(len(self._starts) - 1):
+                (column,) = self._read_group(group)
+                with _damage(self.name):
+                    lengths = pc.drop_null(pc.list_value_length(column))
+                if len(lengths):
+                    k = lengths[0].as_py()
+                    break
+        if k == 0:
+            raise ValueError(f"score: {self.name}: column {self._columns[0]} holds empty lists")
+        self.knows_k = k is not None
+        self.shape = (int(self._starts[-1]), k or 0)
+
+    def set_k(self, k: int) -> None:
+        """Say how many numbers a row has, where none of the file does."""
+        self.shape, self.knows_k = (self.shape[0], k), True
 
 
 class Zarr(Source):
-    """An array of a Zarr store."""
+    """An array of a Zarr store.
+
+    A chunk that is not in the store holds the array's fill value: that is how Zarr stores it, and
+    a chunk that was lost looks the same. A fill value of NaN, or of 0, is found by validation of
+    probabilities; a fill value of 0 in logits is a prediction like others.
+    """
 
     def __init__(self, path: PathLike, array: str | None) -> None:
         try:
@@ -476,33 +513,42 @@ class Zarr(Source):
         except ImportError as error:
             raise ImportError(f"score: {path} needs the package zarr: pip install zarr") from error
         self.name = os.fspath(path)
+        if _URL.match(self.name) and not self.name.startswith("file://"):
+            _file_system(self.name)
         try:
             store: Any = zarr.open(self.name, mode="r")
+            names = sorted(store.array_keys()) if isinstance(store, zarr.Group) else None
         except (FileNotFoundError, KeyError) as error:
             raise FileNotFoundError(f"score: {self.name} does not exist, or is not Zarr") from error
-        if isinstance(store, zarr.Group):
-            names = sorted(store.array_keys())
+        except _READER_ERRORS as error:
+            raise ValueError(
+                f"score: {self.name} is not Zarr or is damaged: {_line(error)}"
+            ) from error
+        if names is not None:
             store = store[_choose(names, array, self.name)]
-        if len(store.shape) != 2 or str(store.dtype) not in DTYPES:
+        if len(store.shape) != 2 or store.dtype.name not in DTYPES:
             raise ValueError(
                 f"score: {self.name} must be (N, k) of {', '.join(DTYPES)}, got {store.shape} "
                 f"{store.dtype}"
             )
         self._store = store
-        self.shape, self.dtype = (store.shape[0], store.shape[1]), str(store.dtype)
+        self.shape, self.dtype = (store.shape[0], store.shape[1]), store.dtype.name
 
     def rows(self, start: int, stop: int) -> Any:
-        return np.ascontiguousarray(self._store[start:stop])
+        return native(self._stored_rows(start, stop), self.dtype)
 
     def fingerprints(self) -> tuple[Fingerprint, ...]:
         """The sample is of up to 64 pieces of rows; a store has no time of change."""
         n, k = self.shape
-        row = k * _itemsize(self.dtype)
+        row = max(1, k * _itemsize(self.dtype))
         step = max(1, SAMPLE_BYTES // row)
-        sample = sample_digest(
-            n * row, lambda begin, _: self.rows(begin // row, min(n, begin // row + step)).tobytes()
-        )
+
+        def read(begin: int, _: int) -> bytes:
+            first = begin // row
+            return self._stored_rows(first, min(n, first + step)).tobytes()
+
         name = self.name.rstrip("/").rsplit("/", 1)[-1]
+        sample = sample_digest(n * row, read)
         return (Fingerprint(name, self.nbytes, self.shape, self.dtype, 0, sample),)
 
     def check_unchanged(self) -> None:
@@ -511,22 +557,133 @@ class Zarr(Source):
     def close(self) -> None:
         """Nothing is open."""
 
+    def _stored_rows(self, start: int, stop: int) -> NDArray[Any]:
+        try:
+            return np.ascontiguousarray(self._store[start:stop])
+        except _READER_ERRORS as error:
+            raise OSError(f"score: {self.name} is damaged: {_line(error)}") from error
+
+
+class _Shard:
+    """A file of several: open while its rows are read, and afterwards as one of the last used."""
+
+    def __init__(
+        self, name: str, column: str | Sequence[str] | None, raw: tuple[str, int] | None
+    ) -> None:
+        self.name = name
+        self._column, self._raw = column, raw
+        self._lock = Lock()
+        self._source: Source | None = None
+        self._users = 0
+        self._fingerprints: tuple[Fingerprint, ...] | None = None
+        self._state: tuple[Any, ...] | None = None
+        self.k: int | None = None
+        with self.use() as source:
+            self._state = source.state
+            self.rows, self.dtype = source.shape[0], source.dtype
+            self.k = source.shape[1] if source.knows_k else None
+
+    @contextmanager
+    def use(self) -> Iterator[Source]:
+        """The open file, which nobody closes in the meantime."""
+        with self._lock:
+            if self._source is None:
+                self._source = self._open()
+            source = self._source
+            if isinstance(source, Table) and not source.knows_k and self.k is not None:
+                source.set_k(self.k)
+            self._users += 1
+        try:
+            yield source
+        finally:
+            with self._lock:
+                self._users -= 1
+            _keep_open(self)
+
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        if self._fingerprints is None:
+            with self.use() as source:
+                self._fingerprints = source.fingerprints()
+        return self._fingerprints
+
+    def check_unchanged(self) -> None:
+        with self._lock:
+            if self._source is not None:
+                self._source.check_unchanged()
+                return
+        if self._state:
+            file = Bytes(self.name)
+            file.close()
+            _require_state(self.name, file.state, self._state)
+
+    def close_unused(self) -> None:
+        with self._lock:
+            if self._source is not None and not self._users:
+                self._source.close()
+                self._source = None
+
+    def _open(self) -> Source:
+        source = _open_one(self.name, self._column, self._raw)
+        try:
+            if self._state is not None:
+                _require_state(self.name, source.state, self._state)
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+
+_last_used: OrderedDict[_Shard, None] = OrderedDict()
+_last_used_lock = Lock()
+
+
+def _keep_open(shard: _Shard) -> None:
+    """Close those that were used longest ago, if there are too many with this one."""
+    with _last_used_lock:
+        _last_used[shard] = None
+        _last_used.move_to_end(shard)
+        too_many = len(_last_used) - OPEN_SHARDS
+        unused = [_last_used.popitem(last=False)[0] for _ in range(too_many)]
+    # Not under the lock: who opens a shard holds its lock. One in use comes back here after it.
+    for one in unused:
+        one.close_unused()
+
 
 class Shards(Source):
-    """Several files as one: the rows of the first, then those of the second ..."""
+    """Several files as one: the rows of the first, then those of the second ...
 
-    def __init__(self, parts: Sequence[Source], name: str) -> None:
+    Each is opened to learn its shape, and again when its rows are read. The last used stay open,
+    ``OPEN_SHARDS`` of all sources together, so that there may be more shards than a process may
+    have open files. A shard that changed in between is an error.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        name: str,
+        column: str | Sequence[str] | None = None,
+        raw: tuple[str, int] | None = None,
+    ) -> None:
         self.name = name
-        self._parts = list(parts)
-        first = parts[0]
-        for part in parts:
-            if (part.shape[1], part.dtype) != (first.shape[1], first.dtype):
-                raise ValueError(
-                    f"score: {part.name} must be like {first.name}, {first.shape[1]} columns of "
-                    f"{first.dtype}, got {part.shape[1]} of {part.dtype}"
-                )
-        self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
-        self.shape, self.dtype = (int(self._starts[-1]), first.shape[1]), first.dtype
+        self._shards: list[_Shard] = []
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            for one in names:
+                self._shards.append(_Shard(one, column, raw))
+            first = next((shard for shard in self._shards if shard.k is not None), None)
+            if first is None or first.k is None:
+                raise _no_k(name)
+            for shard in self._shards:
+                # A shard without a row has nothing to say against the others.
+                shard.k = first.k if shard.k is None else shard.k
+                if (shard.k, shard.dtype) != (first.k, first.dtype):
+                    raise ValueError(
+                        f"score: {shard.name} must be like {first.name}, {first.k} columns of "
+                        f"{first.dtype}, got {shard.k} of {shard.dtype}"
+                    )
+            self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+            self.shape, self.dtype = (int(self._starts[-1]), first.k), first.dtype
+            stack.pop_all()
 
     def rows(self, start: int, stop: int) -> Any:
         pieces = []
@@ -535,13 +692,17 @@ class Shards(Source):
             begin, end = int(self._starts[shard]), int(self._starts[shard + 1])
             until = min(stop, end)
             if until > start:
-                pieces.append(self._parts[shard].rows(start - begin, until - begin))
+                with self._shards[shard].use() as source:
+                    pieces.append(source.rows(start - begin, until - begin))
+                    if until == end:
+                        source.forget()
                 start = until
             shard += 1
         if len(pieces) == 1:
             return pieces[0]
         if not pieces:
-            return self._parts[0].rows(0, 0)
+            with self._shards[0].use() as source:
+                return source.rows(0, 0)
         if self.dtype == "bfloat16":
             import torch
 
@@ -551,18 +712,20 @@ class Shards(Source):
     def where(self, row: int) -> tuple[str, int]:
         """Name of the shard that holds a row, and its number there."""
         shard = int(np.searchsorted(self._starts, row, "right")) - 1
-        return self._parts[shard].name, row - int(self._starts[shard])
+        return self._shards[shard].name, row - int(self._starts[shard])
 
     def fingerprints(self) -> tuple[Fingerprint, ...]:
-        return tuple(f for part in self._parts for f in part.fingerprints())
+        return tuple(f for shard in self._shards for f in shard.fingerprints())
 
     def check_unchanged(self) -> None:
-        for part in self._parts:
-            part.check_unchanged()
+        for shard in self._shards:
+            shard.check_unchanged()
 
     def close(self) -> None:
-        for part in self._parts:
-            part.close()
+        for shard in self._shards:
+            with _last_used_lock:
+                _last_used.pop(shard, None)
+            shard.close_unused()
 
 
 def open_source(
@@ -575,7 +738,7 @@ def open_source(
 
     Args:
         path: a file or URL; a pattern (``p-*.npy``) or a folder, whose files in natural order
-            (``p-2`` before ``p-10``) are the shards.
+            (``p-2`` before ``p-10``) are the shards, less those whose name begins with a dot.
         column: which array, tensor or column, where the file has several; or the k columns.
         raw: dtype and k of ``.bin`` and ``.raw`` files.
 
@@ -584,12 +747,12 @@ def open_source(
     """
     name = os.fspath(path)
     names = _expand(name)
-    if names is None:
-        return _open_one(name, column, raw)
-    with ExitStack() as stack:
-        parts = [stack.enter_context(_open_one(one, column, raw)) for one in names]
-        source = Shards(parts, name)
-        stack.pop_all()
+    if names is not None:
+        return Shards(names, name, column, raw)
+    source = _open_one(name, column, raw)
+    if not source.knows_k:
+        source.close()
+        raise _no_k(name)
     return source
 
 
@@ -600,11 +763,9 @@ def open_shards(
     raw: tuple[str, int] | None = None,
 ) -> Source:
     """Several files as the predictions of one model, in this order."""
-    with ExitStack() as stack:
-        parts = [stack.enter_context(open_source(path, column=column, raw=raw)) for path in paths]
-        source = Shards(parts, f"{os.fspath(paths[0])} and {len(paths) - 1} more")
-        stack.pop_all()
-    return source
+    names = [os.fspath(path) for path in paths]
+    shards = [one for name in names for one in (_expand(name) or [name])]
+    return Shards(shards, f"{names[0]} and {len(names) - 1} more", column, raw)
 
 
 def open_models(
@@ -651,9 +812,43 @@ def sample_digest(size: int, read: Callable[[int, int], bytes | bytearray]) -> s
     return digest.hexdigest()
 
 
-def natural(name: str) -> list[Any]:
-    """Key for sorting: numbers by value, so that ``p-2`` comes before ``p-10``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def natural(name: str) -> tuple[list[Any], str]:
+    """Key for sorting: numbers by value, so that ``p-2`` comes before ``p-10``; names that are
+    equal so (``p-1`` and ``p-01``) as text."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def first_of_other_length(column: Any, k: int) -> tuple[int, int] | None:
+    """Of an Arrow array of lists: the first row that does not hold k numbers, and how many it
+    does; None if there is none. Null rows do not count."""
+    import pyarrow.compute as pc
+
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), k))
+    others = np.flatnonzero(lengths != k)
+    return (int(others[0]), int(lengths[others[0]])) if len(others) else None
+
+
+def list_rows(column: Any, k: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """(n, k) floats of an Arrow array of lists of k, NaN where it has a null, without a copy where
+    that is possible; and (n,) which rows are null or have a null in them."""
+    null = np.asarray(column.is_null())
+    numbers = column.flatten()  # less the null rows
+    rows = numbers.to_numpy(zero_copy_only=False).reshape(-1, k)
+    gaps = null
+    if numbers.null_count:
+        gaps = null.copy()
+        gaps[~null] = np.asarray(numbers.is_null()).reshape(-1, k).any(axis=1)
+    if null.any():
+        there, rows = rows, np.full((len(null), k), np.nan, rows.dtype)
+        rows[~null] = there
+    return rows, gaps
+
+
+def shards_of(path: PathLike) -> list[str]:
+    """The files that an input names: itself, or those of a pattern or folder, in natural order."""
+    name = os.fspath(path)
+    return _expand(name) or [name]
 
 
 def _expand(name: str) -> list[str] | None:
@@ -662,9 +857,7 @@ def _expand(name: str) -> list[str] | None:
     if name.rstrip("/").endswith(".zarr"):
         return None
     if remote:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(name)
+        system, path = _file_system(name)
         if any(c in path for c in "*?["):
             found = [system.unstrip_protocol(one) for one in system.glob(path)]
         elif system.isdir(path):
@@ -679,6 +872,8 @@ def _expand(name: str) -> list[str] | None:
             found = glob.glob(local)
         else:
             return None
+    # Names with a dot are half-written files, and notes of operating systems on others.
+    found = [f for f in found if not f.rstrip("/").rsplit("/", 1)[-1].startswith(".")]
     found = sorted((f for f in found if f.rstrip("/").endswith(SUFFIXES)), key=natural)
     if not found:
         raise FileNotFoundError(f"score: {name} holds no file of {', '.join(SUFFIXES)}")
@@ -709,15 +904,16 @@ def _open_one(name: str, column: str | Sequence[str] | None, raw: tuple[str, int
 
 
 def _open_npy(file: Bytes) -> Source:
-    with file.open() as stream:
-        shape, column_major, dtype, offset = _npy_header(stream, file.name)
+    begin = bytes(file.read(0, min(file.size, _LARGEST_NPY_HEADER)))
+    shape, column_major, dtype, offset = _npy_header(begin, file.name)
     kind = dtype.newbyteorder("=").name
     order = ">" if dtype.byteorder == ">" else "<"
     return Packed(file, offset, shape, kind, column_major=column_major, byte_order=order)
 
 
-def _npy_header(stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _npy_header(begin: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, order, dtype, and where the numbers begin."""
+    stream = io.BytesIO(begin)
     try:
         version = np.lib.format.read_magic(stream)
         read = {
@@ -725,33 +921,50 @@ def _npy_header(stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, column_major, dtype = read(stream)
+        if any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"shape {shape}")
     # NumPy reads the header as Python, and says what it meets there as Python does.
-    except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError) as error:
+    except (
+        ValueError, LookupError, TypeError, AttributeError, OverflowError, SyntaxError,
+        tokenize.TokenError, MemoryError, RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(f"score: {name} is not a .npy file of numbers") from error
     if dtype.hasobject:
         raise ValueError(f"score: {name} holds pickled Python objects, which are not read")
     return shape, column_major, dtype, stream.tell()
 
 
-def _open_npz(file: Bytes, array: str | None) -> Source:
+def _npz_header(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str
+) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """The same of an array of an archive."""
     try:
-        archive = zipfile.ZipFile(file.open())
-        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
+        with archive.open(member) as stream:
+            begin = stream.read(_LARGEST_NPY_HEADER)
     except _ZIP_ERRORS as error:
-        raise ValueError(f"score: {file.name} is not a .npz file: {error}") from error
+        raise ValueError(f"score: {name} is not a .npz file: {_line(error)}") from error
+    return _npy_header(begin, f"{name}: {member.filename}")
+
+
+def _open_npz(file: Bytes, array: str | None) -> Source:
+    handle = file.open()
     try:
+        try:
+            archive = zipfile.ZipFile(handle)
+        except _ZIP_ERRORS as error:
+            raise ValueError(f"score: {file.name} is not a .npz file: {_line(error)}") from error
+        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         member = members[_choose(list(members), array, file.name)]
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-            return Zipped(file, archive, member)
-        with archive.open(member) as stream:
-            shape, column_major, dtype, header = _npy_header(stream, file.name)
-    except _ZIP_ERRORS as error:
-        archive.close()
-        raise ValueError(f"score: {file.name} is not a .npz file: {error}") from error
+            return Zipped(file, handle, archive, member)
+        shape, column_major, dtype, header = _npz_header(archive, member, file.name)
     except BaseException:
-        archive.close()
+        handle.close()
         raise
     archive.close()
+    handle.close()
+    if member.header_offset + 30 > file.size:
+        raise ValueError(f"score: {file.name} is truncated: it has {file.size} bytes")
     # The local header, which may be longer than what the directory at the end says.
     name_bytes, extra_bytes = struct.unpack("<HH", file.read(member.header_offset + 26, 4))
     begin = member.header_offset + 30 + name_bytes + extra_bytes
@@ -774,23 +987,28 @@ def _open_safetensors(file: Bytes, tensor: str | None) -> Source:
             raise ValueError(f"its header would have {length} bytes")
         header = json.loads(file.read(8, length))
         tensors = {name: about for name, about in header.items() if name != "__metadata__"}
-        places = {
-            name: (
-                about["dtype"],
-                tuple(map(int, about["shape"])),
-                *map(int, about["data_offsets"]),
-            )
-            for name, about in tensors.items()
-        }
+        places = {name: _place(name, about) for name, about in tensors.items()}
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, RecursionError) as error:
-        raise ValueError(f"score: {file.name} is not a safetensors file: {error}") from error
+        raise ValueError(f"score: {file.name} is not a safetensors file: {_line(error)}") from error
     name = _choose(list(places), tensor, file.name)
     dtype, shape, begin, end = places[name]
-    if not 0 <= begin <= end <= file.size - 8 - length or any(n < 0 for n in shape):
+    if not begin <= end <= file.size - 8 - length:
         raise ValueError(f"score: {file.name} is truncated: {name} ends beyond the file")
     offset = 8 + length + begin
     kind = kinds.get(dtype, dtype)
     return Packed(file, offset, shape, kind, array=name, end=8 + length + end)
+
+
+def _place(name: str, about: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of a tensor, as its header says."""
+    dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has dtype {dtype!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name} has {numbers!r} for integers")
+    begin, end = offsets
+    return dtype, tuple(shape), begin, end
 
 
 def _open_raw(file: Bytes, raw: tuple[str, int] | None) -> Source:
@@ -813,40 +1031,84 @@ def _parquet(handle: Any) -> tuple[Callable[[int, Sequence[str]], Any], NDArray[
 
     file = pq.ParquetFile(handle)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    if any(rows < 0 for rows in groups):
+        raise ValueError("a row group with fewer than 0 rows")
     starts = np.cumsum([0, *groups])
-    return (lambda g, names: file.read_row_group(g, list(names))), starts, file.schema_arrow
+
+    def read(group: int, names: Sequence[str]) -> Any:
+        # Parquet gives columns in its own order, and those within a column that has the name.
+        table = file.read_row_group(group, list(names)).select(list(names))
+        table.validate(full=True)
+        if table.num_rows != groups[group]:
+            raise ValueError(f"row group {group} has {table.num_rows} rows, not {groups[group]}")
+        return table
+
+    return read, starts, file.schema_arrow
 
 
 def _arrow(handle: Any) -> tuple[Callable[[int, Sequence[str]], Any], NDArray[np.int64], Any]:
     import pyarrow as pa
 
     file = pa.ipc.open_file(handle)
-    rows = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
-    starts = np.cumsum([0, *rows])
-    return (lambda g, names: file.get_batch(g).select(list(names))), starts, file.schema
+    rows = []
+    for i in range(file.num_record_batches):
+        batch = file.get_batch(i)
+        batch.validate()
+        rows.append(batch.num_rows)
+
+    def read(group: int, names: Sequence[str]) -> Any:
+        batch = file.get_batch(group).select(list(names))
+        # The buffers are as the file has them: offsets beyond their end would be followed.
+        batch.validate(full=True)
+        return batch
+
+    return read, np.cumsum([0, *rows]), file.schema
 
 
 def _columns_of(schema: Any, columns: Sequence[str] | None, name: str) -> list[str]:
     """Those asked for; else the only column of lists, else all columns of floats."""
     import pyarrow as pa
 
-    if columns is not None:
+    with _damage(name):
+        fields = [(field.name, _stored(field.type)) for field in schema]
+    names = [one for one, _ in fields]
+    if columns is None:
+        lists = [one for one, kind in fields if _is_list(kind)]
+        floats = [one for one, kind in fields if pa.types.is_floating(kind)]
+        columns = [_choose(lists, None, name)] if lists else floats
+        if not columns:
+            raise ValueError(
+                f"score: {name} must have a column of lists of numbers, or columns of numbers, "
+                f"got {', '.join(names)}"
+            )
+        asked = f"{name} has"
+    else:
         for column in columns:
-            if column not in schema.names:
+            if column not in names:
                 raise ValueError(
-                    f"score: {name} must have a column {column!r}, got {', '.join(schema.names)}"
+                    f"score: {name} must have a column {column!r}, got {', '.join(names)}"
                 )
-        return list(columns)
-    lists = [field.name for field in schema if hasattr(field.type, "value_type")]
-    if lists:
-        return [_choose(lists, None, name)]
-    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
-    if not floats:
-        raise ValueError(
-            f"score: {name} must have a column of lists of numbers, or columns of numbers, got "
-            f"{', '.join(schema.names)}"
-        )
-    return floats
+        asked = f"{name}: column names"
+    for column in columns:
+        if columns.count(column) > 1:
+            raise ValueError(f"score: {asked} {column!r} more than once")
+        if names.count(column) > 1:
+            raise ValueError(f"score: {name} has {column!r} more than once")
+    return list(columns)
+
+
+def _stored(kind: Any) -> Any:
+    """The Arrow type that an extension type (a tensor of fixed shape, say) is stored as."""
+    import pyarrow as pa
+
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    return any(is_so(kind) for is_so in lists)
 
 
 def _choose(names: Sequence[str], wanted: str | None, file: str) -> str:
@@ -867,7 +1129,12 @@ def _bytes(array: NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
-def _native(rows: NDArray[Any], dtype: str) -> Any:
+def native(rows: NDArray[Any], dtype: str) -> Any:
+    """Rows in this machine's byte order, and saying so; bfloat16 as a torch tensor.
+
+    A copy only where the bytes change: ``<f4`` and ``float32`` are one type here, but only the
+    second is known to readers of buffers.
+    """
     if dtype == "bfloat16":
         import torch  # NumPy has no such numbers
 
@@ -879,3 +1146,40 @@ def _native(rows: NDArray[Any], dtype: str) -> Any:
 def _identity(about: dict[str, Any]) -> tuple[Any, ...]:
     """What changes when a file of fsspec does, as far as its system says."""
     return tuple(str(about.get(n)) for n in ("size", "mtime", "LastModified", "ETag", "created"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of fsspec that a URL names, and the path there."""
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ImportError(f"score: {url} cannot be read: {_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"score: {url} cannot be read: {_line(error)}") from error
+    return system, path
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """What pyarrow raises on a file that is damaged, as ``OSError`` that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, *_READER_ERRORS) as error:
+        raise OSError(f"score: {name} is damaged: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _no_k(name: str) -> ValueError:
+    return ValueError(f"score: {name} has no row that says how many numbers a row holds")
+
+
+def _require_state(name: str, state: tuple[Any, ...], before: tuple[Any, ...]) -> None:
+    if state != before:
+        raise ValueError(f"score: {name} was changed while it was read")
