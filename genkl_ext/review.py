@@ -10,7 +10,13 @@ mislabelled   conforms, and its most probable class is not the given label: firs
 ambiguous     conforms, and two classes are nearly as probable: the smallest q_top - q_second first
 
 The list is a CSV file with a column ``decision`` to fill in: the name or the number of a class,
-"ok" where the given label is right, "nc" for an image that fits no class. Empty: undecided.
+"ok" where the given label is right, "nc" for an image that fits no class. Empty: undecided. A name
+that does not tell its class is written with the number, as the list does: "crane (134)" where two
+classes are called crane, and "nc (3)" for a class called nc, for "ok" and "nc" are always the words.
+
+An image that was decided to fit no class stays in the split "train", without a label and with
+``verified`` false; :func:`settled` tells these from images that merely have no label, and later
+lists leave them out.
 """
 
 from __future__ import annotations
@@ -19,10 +25,11 @@ import csv
 import dataclasses
 import difflib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +90,7 @@ def find(
     labels: NDArray[np.int32],
     members: Sequence[PathLike],
     most: int,
+    leave_out: NDArray[np.bool_] | None = None,
 ) -> Candidates:
     """The images worth a look; one pass over the mapped prediction files.
 
@@ -93,11 +101,14 @@ def find(
         labels: (N,) given labels, -1 for none.
         members: (N, k) files that were averaged; without any, there are no candidates but NC ones.
         most: rows of each reason.
+        leave_out: (N,) rows that nobody needs to look at; see :func:`settled`.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is of another number of rows.
     """
     scored = ~np.isnan(critical_alpha)
+    if leave_out is not None:
+        scored &= ~leave_out
     need: dict[Reason, NDArray[np.float32]] = {"nc": critical_alpha}
     which: dict[Reason, NDArray[np.bool_]] = {"nc": scored & nc}
     if members:
@@ -117,6 +128,14 @@ def find(
         worst[reason] = need[reason][rows[reason]]
         found[reason] = len(candidates)
     return Candidates(rows, worst, found)
+
+
+def settled(manifest: Manifest) -> NDArray[np.bool_]:
+    """(N,) which noisy images people decided to fit no class: no label, and verified as wrong."""
+    noisy = manifest.rows("train")
+    wrong = pc.fill_null(pc.invert(manifest.table["verified"]), False)
+    mask: NDArray[np.bool_] = np.asarray(wrong)[noisy] & (manifest.labels[noisy] < 0)
+    return mask
 
 
 def averages(members: Sequence[PathLike], rows: Rows) -> NDArray[np.float32]:
@@ -147,7 +166,8 @@ def write_list(
     """Write images and an empty column for decisions as a CSV file; see ``COLUMNS``.
 
     No cell can be taken for a formula: one that begins like it gets a quote (') before it, and so
-    does one that begins with a quote. :func:`apply` takes it away again.
+    does one that begins with a quote. :func:`apply` takes it away again. Classes are written as
+    :func:`spellings` has them.
 
     Args:
         path: the file to write.
@@ -157,11 +177,12 @@ def write_list(
         members: (N, k) files that were averaged; without any, the classes are left empty.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; as :func:`require_undecided`.
     """
+    require_undecided(path)
     rows = np.array([row for row, _ in chosen], np.int64)
     noisy = manifest.rows("train")[rows]
-    names = manifest.class_names
+    names = spellings(manifest.class_names)
     tops = top_classes(averages(members, rows)) if members else [[] for _ in rows]
     cells = zip(
         chosen, manifest.keys(noisy), manifest.paths(noisy), manifest.labels[noisy], tops,
@@ -185,6 +206,36 @@ def write_list(
             writer.writerow([*map(_no_formula, texts), *numbers, ""])
 
 
+def require_undecided(path: PathLike) -> None:
+    """Raise ``FileExistsError`` if a new list at ``path`` would lose what people decided.
+
+    That is: a file is there, and it is a list with decisions, or no list at all.
+    """
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        made = sum(bool(line.decision) for line in _read(path))
+    except ValueError as error:
+        raise FileExistsError(
+            f"cannot write {path}: it exists and is no list of images to review; give another name"
+        ) from error
+    if made:
+        raise FileExistsError(
+            f"cannot write {path}: its column decision has {made} that a new list would lose; "
+            "give another name"
+        )
+
+
+def spellings(names: Sequence[str]) -> list[str]:
+    """Names of classes that can be told apart: with the number where the name alone cannot be."""
+    often = Counter(names)
+    return [
+        f"{name} ({c})" if often[name] > 1 or name.casefold() in (KEEP, NONCONFORMING) else name
+        for c, name in enumerate(names)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Applied:
     """A manifest with decisions in it, and how many rows each kind changed."""
@@ -194,6 +245,7 @@ class Applied:
     relabelled: int  #: another class is
     nonconforming: int  #: none is
     undecided: int  #: lines without a decision
+    known: int  #: lines whose decision the manifest has already
 
 
 def apply(manifest: Manifest, decisions: PathLike) -> Applied:
@@ -202,18 +254,21 @@ def apply(manifest: Manifest, decisions: PathLike) -> Applied:
     An image whose class is decided moves from the split "train" to "clean", with that label and
     ``verified``: the images that members and fine-tuning learn from. One that fits no class stays
     in "train", has no label any more, and is ``verified`` (false: the label was wrong): it is
-    scored, and not trained on. The other rows are as they were.
+    scored, and not trained on. The other rows are as they were. A decision that the manifest has
+    already is passed over, so a list that has grown can be applied again.
 
     Args:
         manifest: the data set; keys are looked up in its split "train", and all rows of a key
-            are meant.
+            are meant; then among its verified images in the split "clean", whose label a decision
+            may repeat, and not change.
         decisions: CSV file with the columns ``key`` and ``decision``, whatever else it has;
             separated by commas, semicolons or tabs.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it lacks a column; a key that no noisy image
-            has; a decision that is no class, "ok" or "nc"; two decisions about one image; "ok"
-            for an image without a label. With the line, the key, and how many more there are.
+        OSError: the file cannot be read. ValueError: it lacks a column; a key that no such image
+            has; a decision that is no class, "ok" or "nc", or a name that several classes have;
+            two decisions about one image; "ok" for an image without a label. With the line, the
+            key, and how many more there are.
     """
     path = Path(decisions)
     lines = _read(path)
@@ -223,16 +278,31 @@ def apply(manifest: Manifest, decisions: PathLike) -> Applied:
     decided: dict[str, tuple[_Line, int]] = {}  # the class, or _NONE
     kept: set[str] = set()
     wrong: list[str] = []
-    undecided = 0
+    undecided = known = 0
     meaning = _Meaning(manifest.class_names)
-    for line, (key, row) in zip(lines, _found(lines, keys), strict=True):
+    found = _found(lines, keys)
+    without = settled(manifest)
+    checked = _checked(
+        manifest, [line for line, (_, row) in zip(lines, found, strict=True) if row < 0]
+    )
+    for line, (key, row) in zip(lines, found, strict=True):
         try:
-            if row < 0:
+            if row < 0 and line.key not in checked:
                 raise ValueError(_no_such_key(manifest, key))
             if not line.decision:
                 undecided += 1
                 continue
             keep = line.decision.casefold() == KEEP
+            if row < 0:
+                there = checked[line.key]
+                if not keep and meaning.of(line.decision) not in there:
+                    has = " or ".join(repr(meaning.spelt[c]) for c in sorted(there))
+                    raise ValueError(
+                        f'decision must be "{KEEP}" or {has}, the verified label that the image '
+                        f'has in the split "clean", got {line.decision!r}'
+                    )
+                known += 1
+                continue
             label = int(labels[row]) if keep else meaning.of(line.decision)
             if keep and label < 0:
                 raise ValueError(f'decision "{KEEP}" must be of an image with a label, it has none')
@@ -244,6 +314,7 @@ def apply(manifest: Manifest, decisions: PathLike) -> Applied:
                 )
             if keep:
                 kept.add(key)
+            known += bool(label == _NONE and without[row])
         except ValueError as error:
             wrong.append(f"line {line.number}, key {line.key!r}: {error}")
     if wrong:
@@ -262,8 +333,9 @@ def apply(manifest: Manifest, decisions: PathLike) -> Applied:
         _changed(manifest, noisy[rows], new, fits),
         confirmed=int((fits & (new == labels[rows])).sum()),
         relabelled=int((fits & (new != labels[rows])).sum()),
-        nonconforming=int((~fits).sum()),
+        nonconforming=int((~fits & ~without[rows]).sum()),
         undecided=undecided,
+        known=known,
     )
 
 
@@ -282,23 +354,32 @@ class _Meaning:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._exact = {name: c for c, name in reversed(list(enumerate(names)))}
-        folded = [name.casefold() for name in names]
-        self._folded = {f: c for c, f in enumerate(folded) if folded.count(f) == 1}
+        self.spelt = spellings(names)
+        self._exact: dict[str, set[int]] = {}
+        self._folded: dict[str, set[int]] = {}
+        for words in (names, self.spelt):
+            for c, word in enumerate(words):
+                self._exact.setdefault(word, set()).add(c)
+                self._folded.setdefault(word.casefold(), set()).add(c)
 
     def of(self, word: str) -> int:
-        """The class, or ``_NONE``; ``ValueError`` for a word that is neither."""
+        """The class, or ``_NONE``; ``ValueError`` for a word that is neither, or several."""
         if word.casefold() == NONCONFORMING:
             return _NONE
         for text in (word, word.removeprefix(_QUOTE)):
-            if text in self._exact:
-                return self._exact[text]
-            if text.casefold() in self._folded:
-                return self._folded[text.casefold()]
+            classes = self._exact.get(text) or self._folded.get(text.casefold())
+            if classes:
+                first, *others = sorted(classes)
+                if others:
+                    raise ValueError(
+                        f"decision must name one class, got {word!r}, which classes "
+                        f"{', '.join(map(str, (first, *others)))} are called; write the number"
+                    )
+                return first
         if word.isascii() and word.isdigit() and int(word) < len(self._names):
             return int(word)
-        near = difflib.get_close_matches(word, self._names, n=1)
-        some = ", ".join(self._names[:_SHOWN]) + (", ..." if len(self._names) > _SHOWN else "")
+        near = difflib.get_close_matches(word, self.spelt, n=1)
+        some = ", ".join(self.spelt[:_SHOWN]) + (", ..." if len(self._names) > _SHOWN else "")
         hint = f"did you mean {near[0]!r}?" if near else f"classes are {some}"
         raise ValueError(
             f'decision must be a class name, a number below {len(self._names)}, "{KEEP}" or '
@@ -315,6 +396,13 @@ def _read(path: Path) -> list[_Line]:
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return _lines(path, reader)
+    except csv.Error as error:
+        raise ValueError(f"apply: {path}, line {reader.line_num}: {error}") from error
+
+
+def _lines(path: Path, reader: Any) -> list[_Line]:
     names = [name.strip() for name in next(reader, [])]
     for name in ("key", "decision"):
         if name not in names:
@@ -340,6 +428,22 @@ def _found(lines: Sequence[_Line], keys: pa.ChunkedArray) -> list[tuple[str, int
     meant = pc.if_else(pc.is_in(bare, value_set=keys), bare, given)
     rows = pc.fill_null(pc.index_in(meant, value_set=keys), -1)
     return list(zip(meant.to_pylist(), rows.to_pylist(), strict=True))
+
+
+def _checked(manifest: Manifest, lines: Sequence[_Line]) -> dict[str, set[int]]:
+    """Labels of the verified images that lines mean in the split "clean", by the key as written."""
+    rows = manifest.rows("clean")
+    right = np.asarray(pc.fill_null(manifest.table["verified"], False))
+    rows = rows[right[rows] & (manifest.labels[rows] >= 0)]
+    keys = manifest.table["key"].take(pa.array(rows))
+    meant = {line.key: key for line, (key, row) in zip(lines, _found(lines, keys), strict=True)
+             if row >= 0}  # fmt: skip
+    named = pc.is_in(keys, value_set=pa.array(meant.values(), pa.string()))
+    labels: dict[str, set[int]] = {}
+    of_named = manifest.labels[rows[np.asarray(named)]].tolist()
+    for key, label in zip(keys.filter(named).to_pylist(), of_named, strict=True):
+        labels.setdefault(key, set()).add(label)
+    return {written: labels[key] for written, key in meant.items()}
 
 
 def _no_such_key(manifest: Manifest, key: str) -> str:

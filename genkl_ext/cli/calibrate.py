@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import UsageError
+from .progress import Progress
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..calibration import Calibration
     from ..rule import GenKL
 
@@ -47,7 +50,7 @@ def calibrate(
     Args:
         inputs: .npy files of shape (V, k) with the predictions of the clean rows; several are
             averaged
-        false_positives: largest share of the clean rows to flag
+        false_positives: largest share of the clean rows to flag, from 0 to 1
         preset: published settings, of which alpha is replaced
         num_classes: k; by default that of the preset or of the files
         beta: by default the preset's, or Clothing1M's for k classes, 0.42 / k
@@ -62,7 +65,7 @@ def calibrate(
         clean_features: .npy file of (V, d) features of the clean rows
         clean_labels: .npy file of their (V,) labels
         folds: parts of the clean rows, for --by accuracy
-        confidence: of the intervals, all of them together
+        confidence: of the intervals, all of them together, from 0 to 1
         logits: the files hold logits, not probabilities
         out: YAML file to write the rule to, for genkl score --config
         json: file to write all candidates to
@@ -78,6 +81,9 @@ def calibrate(
     for written in (out, json):
         if written is not None:
             require_writable(written)
+    if false_positives != 0:
+        require_share("false-positives", false_positives)
+    require_share("confidence", confidence)
     if betas and not noisy:
         raise UsageError("--betas needs --noisy")
     given = {
@@ -87,22 +93,29 @@ def calibrate(
         "num_vectors": num_vectors,
         "seed": seed,
     }
+    for path in [*inputs, *noisy]:
+        _require_no_scores(path)
     rule = start_rule(preset, {k: v for k, v in given.items() if v is not None}, inputs[0])
-    found = calibration.calibrate(
-        rule,
-        inputs,
-        false_positives=false_positives,
-        betas=betas or None,
-        by=by,
-        noisy=noisy or None,
-        features=_load(features),
-        labels=_load(labels),
-        clean_features=_load(clean_features),
-        clean_labels=_load(clean_labels),
-        folds=folds,
-        confidence=confidence,
-        logits=logits,
-    )
+    arrays = {
+        "features": features,
+        "labels": labels,
+        "clean_features": clean_features,
+        "clean_labels": clean_labels,
+    }
+    with Progress("scoring", "rows") as progress:
+        found = calibration.calibrate(
+            rule,
+            inputs,
+            false_positives=false_positives,
+            betas=betas or None,
+            by=by,
+            noisy=noisy or None,
+            **{name: None if path is None else load(path) for name, path in arrays.items()},
+            folds=folds,
+            confidence=confidence,
+            logits=logits,
+            progress=progress,
+        )
     print(found.table())
     low, high = (100 * end for end in found.interval)
     print(
@@ -151,13 +164,37 @@ def start_rule(preset: str | None, settings: dict[str, Any], first_input: Path) 
     return dataclasses.replace(scaled, **settings)
 
 
-def _load(path: Path | None) -> Any:
-    if path is None:
-        return None
-    from ..scoring.sources import require_file
-
-    require_file(path)
+def load(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """The array of a ``.npy`` file; ``ValueError`` with its name for anything else."""
     try:
-        return np.load(path)
-    except ValueError as error:
-        raise ValueError(f"calibrate: {path} is not a .npy file of numbers") from error
+        array = np.load(path, mmap_mode=mmap_mode)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist") from error
+    except (ValueError, EOFError) as error:  # no array, pickled objects, or empty
+        raise ValueError(f"{path} is not a .npy file of numbers") from error
+    if not isinstance(array, np.ndarray):  # an archive
+        raise ValueError(f"{path} is not a .npy file of numbers")
+    return array
+
+
+def require_share(option: str, value: float) -> None:
+    """Raise ``UsageError`` unless 0 < value < 1, as for one who thought of per cent."""
+    if not 0 < value < 1:
+        raise UsageError(f"--{option} must be a share from 0 to 1, such as 0.05, got {value:g}")
+
+
+def _require_no_scores(path: Path) -> None:
+    """Raise ``ValueError`` for a table of scores, whose columns of numbers would pass for k."""
+    names: tuple[str, ...] = ()
+    if path.suffix == ".parquet" and path.exists():
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            names = tuple(pq.read_schema(path).names)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is no parquet table: {error}") from error
+    elif path.suffix == ".npy" and path.exists():
+        names = load(path, "r").dtype.names or ()
+    if "critical_alpha" in names:
+        raise ValueError(f"{path} must hold predictions, one column per class, got scores")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import UsageError
+from .calibrate import load, require_share
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -40,11 +42,13 @@ def evaluate_nc(
     logits: list[Path] = [],  # noqa: B006
     features: Path | None = None,
     labels: Path | None = None,
-    shares: list[float] = [1.0, 2.0, 5.0, 10.0, 20.0],  # noqa: B006
-    false_positives: float = 5.0,
+    reference: Path | None = None,
+    reference_labels: Path | None = None,
+    shares: list[float] = [0.01, 0.02, 0.05, 0.1, 0.2],  # noqa: B006
+    false_positives: float = 0.05,
     draws: int = 1000,
     seed: int = 0,
-    level: float = 95.0,
+    level: float = 0.95,
     num_classes: int | None = None,
     json: Path | None = None,
     plot: Path | None = None,
@@ -69,11 +73,14 @@ def evaluate_nc(
         logits: .npy files of shape (N, k) for identifiers, one per model
         features: .npy file of shape (N, d) for identifiers
         labels: .npy file of the N given labels, -1 for none; by default the manifest's
-        shares: flagged shares, in % of the rows, at which recall is reported
-        false_positives: share of the negatives, in %, at which recall is reported
+        reference: .npy file of shape (R, d), features of verified images, which identifiers that
+            take features compare with
+        reference_labels: .npy file of the R classes of these, -1 for none
+        shares: flagged shares of the rows, from 0 to 1, at which recall is reported
+        false_positives: share of the negatives, from 0 to 1, at which recall is reported
         draws: of the bootstrap; 0 for no intervals
         seed: of the bootstrap
-        level: of the intervals, in %
+        level: of the intervals, from 0 to 1
         num_classes: WebVision: keep labels below it
         json: file to write all numbers and curves to
         plot: figure of the curves to write; .png, .svg or .pdf
@@ -88,13 +95,12 @@ def evaluate_nc(
         raise UsageError("one of --verified and --truth must be given, and not both")
     if nc_values and truth is None:
         raise UsageError("--nc-values needs --truth")
-    for name, percent in (
-        *(("shares", share) for share in shares),
-        ("false-positives", false_positives),
-        ("level", level),
-    ):
-        if not 0 < percent <= 100 or (name == "level" and percent == 100):
-            raise UsageError(f"--{name} must be in % and between 0 and 100, got {percent:g}")
+    for share in shares:
+        require_share("shares", share)
+    require_share("false-positives", false_positives)
+    require_share("level", level)
+    if reference_labels is not None and reference is None:
+        raise UsageError("--reference-labels needs --reference")
     if draws < 0 or seed < 0:
         raise UsageError("--draws and --seed must not be negative")
     for path in filter(None, (json, plot)):
@@ -102,9 +108,11 @@ def evaluate_nc(
 
     rows = None if manifest is None else _noisy(manifest, num_classes)
     given_labels = _labels(labels, rows)
-    inputs = _Inputs(predictions, logits, features, given_labels)
-    if inputs.there() - {"labels"} and all(map(_is_file, sources)):
-        raise UsageError("--predictions, --logits and --features are for names of identifiers")
+    inputs = _Inputs(predictions, logits, features, given_labels, reference, reference_labels)
+    if (inputs.there() - {"labels"} or reference is not None) and all(map(_is_file, sources)):
+        raise UsageError(
+            "--predictions, --logits, --features and --reference are for names of identifiers"
+        )
     found = [
         source
         for word in sources
@@ -120,9 +128,15 @@ def evaluate_nc(
     known: dict[str, Any]
     if verified is not None:
         listed = evaluation.read_verified(verified, _manifest(keyed, "--verified"))
+        if not listed.any():
+            raise ValueError(f"{verified} must list a key at least, got none")
         known = {"verified": listed}
     else:
         known = {"truth": _truth(truth or "", nc_values, rows, keyed, count)}
+        if not {0, 1} <= set(known["truth"].tolist()):
+            ones = int((known["truth"] == 1).sum())
+            of = int((known["truth"] >= 0).sum())
+            raise ValueError(f"{truth} must have both 0 and 1, got {ones} of {of} rows positive")
     with Progress("bootstrap", "draws") as progress:
         result = evaluation.evaluate(
             {source.name: source.scores for source in found},
@@ -130,11 +144,11 @@ def evaluate_nc(
             decisions={s.name: s.flagged for s in found if s.flagged is not None},
             groups=given_labels,
             group_names=None if rows is None or given_labels is None else rows.class_names,
-            shares=[share / 100 for share in shares],
-            false_positives=false_positives / 100,
+            shares=shares,
+            false_positives=false_positives,
             draws=draws,
             seed=seed,
-            level=level / 100,
+            level=level,
             progress=progress,
         )
     lines = [result.table(), ""]
@@ -170,6 +184,8 @@ class _Inputs:
     logits: list[Path]
     features: Path | None
     labels: NDArray[np.integer[Any]] | None
+    reference: Path | None = None
+    reference_labels: Path | None = None
 
     def there(self) -> set[str]:
         """Names of the inputs, as in ``Identifier.needs``."""
@@ -181,6 +197,7 @@ class _Inputs:
                 "logits": self.logits,
                 "features": self.features,
                 "labels": self.labels is not None,
+                "reference": self.reference and self.reference_labels,
             }.items()
             if given
         }
@@ -218,8 +235,18 @@ class _Inputs:
             scores = np.full(len(empty), np.nan, np.float32)
             alone = ("features", "labels")
             given = {name: of[0] if name in alone else of for name, of in arrays.items()}
-            scores[~empty] = identifier(**given)
+            scores[~empty] = identifier(**given, **self._verified(identifier))
         return scores
+
+    def _verified(self, identifier: Identifier) -> dict[str, NDArray[Any]]:
+        """The verified rows, for an identifier that compares with such."""
+        taken = inspect.signature(identifier.function).parameters
+        made = {}
+        if self.reference is not None and "reference" in taken:
+            made["reference"] = _load(self.reference, "--reference", columns=True)
+        if self.reference_labels is not None and "reference_labels" in taken:
+            made["reference_labels"] = _load(self.reference_labels, "--reference-labels")
+        return made
 
 
 def _noisy(source: str, num_classes: int | None) -> Manifest:
@@ -263,7 +290,6 @@ def _keyed(rows: Manifest | None, keys: Path | None, found: list[_Source]) -> Ma
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from ..data import Manifest
     from ..data.layouts.clothing1m import KEY_PREFIX
     from ..data.manifest import without_prefix
     from ..scoring.keys import Keys
@@ -287,7 +313,16 @@ def _keyed(rows: Manifest | None, keys: Path | None, found: list[_Source]) -> Ma
             )
     if rows is not None:
         return rows
-    table = pa.table({"key": known, "path": known, "split": pa.repeat("train", count)})
+    return manifest_of_keys(known)
+
+
+def manifest_of_keys(keys: pa.Array | pa.ChunkedArray) -> Manifest:
+    """Noisy rows of which nothing but the keys is known."""
+    import pyarrow as pa
+
+    from ..data import Manifest
+
+    table = pa.table({"key": keys, "path": keys, "split": pa.repeat("train", len(keys))})
     return Manifest(table, (), "table", ".")
 
 
@@ -332,6 +367,7 @@ def _option(need: str) -> str:
     return {
         "members": "two or more --predictions",
         "labels": "--labels, or --manifest with labels",
+        "reference": "--reference with --reference-labels",
     }.get(need, f"--{need}")
 
 
@@ -357,12 +393,23 @@ def _score_file(word: str) -> _Source:
         keys = table.get("key")
     chosen = _choose(path, list(table), column, _SCORE, _NOT_SCORES)
     facts["column"] = chosen
+    scores = _numbers(path, chosen, table[chosen])
     flagged = None
     if chosen == _SCORE and _FLAG in table:
-        flagged = np.asarray(table[_FLAG], bool)
+        # What has no decision, or no score to be decided by, is not flagged.
+        flagged = (_kinds(_column(table[_FLAG]), [], f"{path}:{_FLAG}") == 1) & ~np.isnan(scores)
         if path.suffix == ".parquet":
             facts["rule"] = _rule(path)
-    return _Source(word, shown, _numbers(path, chosen, table[chosen]), flagged, keys, facts)
+    return _Source(word, shown, scores, flagged, keys, facts)
+
+
+def _column(values: Any) -> pa.ChunkedArray:
+    """Of a table as it is, or of an array."""
+    import pyarrow as pa
+
+    if not isinstance(values, np.ndarray):
+        return values
+    return pa.chunked_array([pa.array(np.ascontiguousarray(values), from_pandas=True)])
 
 
 def _rule(path: Path) -> dict[str, Any] | None:
@@ -443,7 +490,8 @@ def _numbers(path: Path, name: str, column: Any) -> NDArray[Any]:
     """A column of scores; an empty cell is NaN."""
     values = np.asarray(column)
     if values.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: column {name} must be numbers, got {column.type}")
+        kind = getattr(column, "type", values.dtype)
+        raise ValueError(f"{path}: column {name} must be numbers, got {kind}")
     return values
 
 
@@ -452,10 +500,7 @@ def _load(path: Path, what: str, columns: bool = False) -> NDArray[Any]:
     if path.suffix != ".npy":
         allowed = ".npy" if what != "a source" else ".npy, .parquet, .csv or .tsv"
         raise ValueError(f"{what} must be a {allowed} file, got {path}")
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r" if columns else None)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a .npy file of numbers") from error
+    array = load(path, "r" if columns else None)
     if array.ndim != 1 + columns:
         shape = "(N, d)" if columns else "(N,)"
         raise ValueError(f"{path} must have shape {shape}, got {array.shape}")
@@ -480,7 +525,7 @@ def _truth(
         values = _load(path, "--truth")
         if len(values) != count:
             raise ValueError(f"{path} must have {count} values, got {len(values)}")
-        return _kinds(pa.chunked_array([pa.array(values)]), nc_values, str(path))
+        return _kinds(_column(values), nc_values, str(path), "; --nc-values says which words mean non-conforming")
     table = _read_table(path)
     if "key" not in table.column_names:
         raise ValueError(f"{path} must have a column key, got {', '.join(table.column_names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,9 +33,10 @@ def plot(
         kind: alpha, classes, flow, accuracy or learning
         source: folder of a run; or, for the first three, a table of scores as Parquet
         out: figure to write; .png, .svg or .pdf
-        iteration: of the run; by default the last one that has scores
-        alpha: decide at another alpha than the rule's
-        data: for a table of scores: the data set that has the labels
+        iteration: of the run, not for accuracy; by default the last one that has scores, or, for
+            learning, trainings
+        alpha: decide at another alpha than the rule's; for the first three
+        data: for classes or flow of a table of scores: the data set that has the labels
 
     Example:
         genkl plot alpha runs/clothing1m -o alpha.png
@@ -43,6 +45,13 @@ def plot(
     """
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out must end in .png, .svg or .pdf, got {out}")
+    if alpha is not None:
+        if kind in ("accuracy", "learning"):
+            raise UsageError(f"--alpha does not go with {kind}, which has no scores")
+        if not 0 <= alpha < math.inf:
+            raise UsageError(f"--alpha must be a finite number from 0 on, got {alpha}")
+    if kind == "accuracy" and iteration is not None:
+        raise UsageError("--iteration does not go with accuracy, which is of all iterations")
     if source.is_dir():
         if data is not None:
             raise UsageError("--data goes with a table of scores; a run has its own")
@@ -51,6 +60,8 @@ def plot(
         raise UsageError(f"{kind} needs the folder of a run, got {source}")
     elif iteration is not None:
         raise UsageError("--iteration goes with the folder of a run")
+    elif kind == "alpha" and data is not None:
+        raise UsageError("--data does not go with alpha, which needs no labels")
     else:
         figure = _of_table(kind, source, alpha, data)
 
@@ -66,12 +77,13 @@ def _of_run(kind: Kind, source: Path, iteration: int | None, alpha: float | None
     if kind == "accuracy":
         what, groups = html.accuracies(run.groups)
         return plots.accuracy(groups, what=what)
-    t = iteration if iteration is not None else max(run.scored, default=0)
+    what, known = ("trainings", run.trained) if kind == "learning" else ("scores", run.scored)
+    t = iteration if iteration is not None else max(known, default=0)
+    if t not in known:
+        there = ", ".join(map(str, known)) or "none"
+        raise ValueError(f"plot: {source} must have {what} of iteration {t}, it has: {there}")
     if kind == "learning":
         return html.learning(run, t)
-    if t not in run.scored:
-        there = ", ".join(map(str, run.scored)) or "none"
-        raise ValueError(f"plot: {source} must have scores of iteration {t}, it has: {there}")
     scores = next(run.identifications(t))
     title = f"{run.name}, iteration {t}"
     return _draw(kind, scores, run.labels, run.manifest.class_names, alpha, title)
@@ -80,7 +92,6 @@ def _of_run(kind: Kind, source: Path, iteration: int | None, alpha: float | None
 def _of_table(kind: Kind, source: Path, alpha: float | None, data: str | None) -> Figure:
     import numpy as np
 
-    from ..data import layouts
     from ..report import findings
 
     scores = findings.read_scores(source)
@@ -89,7 +100,7 @@ def _of_table(kind: Kind, source: Path, alpha: float | None, data: str | None) -
             raise UsageError("flow needs --data, which has the given labels")
         k = scores.num_classes
         return _draw(kind, scores, None, [str(c) for c in range(k)], alpha, source.name)
-    manifest = layouts.read(data)
+    manifest = findings.read_data(data)
     labels = np.asarray(manifest.labels[manifest.rows("train")])
     if len(labels) != len(scores.nc):
         raise ValueError(

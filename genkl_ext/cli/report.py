@@ -25,11 +25,11 @@ def report(
 
     Args:
         run: folder of the run
-        out: page to write; by default report.html in the run's folder
+        out: page to write, .html; by default report.html in the run's folder
         root: folder or URL that holds the images, if they have moved since the run
         pictures: images of each kind to show
         csv: also write a list of images to look at, with an empty column for decisions; genkl
-            review apply puts them into a manifest
+            review apply puts them into a manifest; a list with decisions in it is not written over
         csv_rows: images of each kind in the list
 
     Example:

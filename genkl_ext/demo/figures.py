@@ -87,7 +87,7 @@ def _contact_sheet(results: Results) -> Figure:
             color=style.INK,
         )
     figure.supxlabel(
-        f"red frame: an 8 or a 9, fits none of the classes 0 to 7 ({hits} of {len(order)}); "
+        f"orange frame: an 8 or a 9, fits none of the classes 0 to 7 ({hits} of {len(order)}); "
         f"blue: fits one.\nlabel: given by the crawl; top: most probable class; below: "
         "critical alpha.",
         x=0.005,

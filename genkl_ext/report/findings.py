@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..data import layouts
 from ..data.ledger import Ledger
 from ..data.manifest import Manifest
 from ..scoring.sources import open_source
@@ -101,7 +102,9 @@ class Scored:
 
     def at(self, alpha: float) -> Self:
         """The same rows decided at another alpha."""
-        return dataclasses.replace(self, alpha=alpha, nc=self.critical_alpha >= alpha)
+        # In float64: beside an array of float32 NumPy would round a Python number to float32.
+        nc = self.critical_alpha.astype(np.float64) >= alpha
+        return dataclasses.replace(self, alpha=alpha, nc=nc)
 
     def labels_scored(self, labels: NDArray[np.int32]) -> NDArray[np.int32]:
         """(N,) given labels, -1 where there is none or no prediction."""
@@ -154,6 +157,11 @@ class Run:
     def scored(self) -> list[int]:
         """The iterations that have scores."""
         return [t for t in range(self._begun) if self._places(t)]
+
+    @property
+    def trained(self) -> list[int]:
+        """The iterations of which a training has begun."""
+        return sorted({g.iteration for g in self.groups if g.kind in ("train", "finetune")})  # type: ignore[type-var]
 
     @cached_property
     def missing(self) -> list[str]:
@@ -222,15 +230,27 @@ class Run:
         )
 
     def metrics(self, training: Training) -> dict[str, NDArray[np.float64]]:
-        """Columns of a training's ``metrics.csv``, one number per epoch; NaN where it has none."""
-        if not training.metrics.is_file():
+        """Columns of a training's ``metrics.csv``, one number per epoch; NaN where it has none.
+
+        Raises:
+            OSError: it cannot be read. ValueError: it has a word in the place of a number.
+        """
+        path = training.metrics
+        if not path.is_file():
             return {}
-        with training.metrics.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-        return {
-            name: np.array([_number(line[name]) for line in lines])
-            for name in (lines[0] if lines else ())
-        }
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
+            for line in reader:
+                for name, column in columns.items():
+                    try:
+                        column.append(float(line[name]) if line[name] else math.nan)
+                    except ValueError:
+                        raise ValueError(
+                            f"report: {path}, line {reader.line_num}: {name} must be a number, "
+                            f"got {line[name]!r}"
+                        ) from None
+        return {name: np.array(column) for name, column in columns.items() if column}
 
     @property
     def _trains_members(self) -> bool:
@@ -412,6 +432,16 @@ def open_run(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None
     )
 
 
+def read_data(source: str) -> Manifest:
+    """The manifest of a data set, or that of a run by the run's folder.
+
+    Raises:
+        OSError, ValueError: as ``layouts.read``.
+    """
+    of_run = Path(source) / "manifest.parquet"
+    return layouts.read(of_run if of_run.is_file() else source)
+
+
 def read_scores(path: str | os.PathLike[str]) -> Scored:
     """A table that ``score_files`` wrote as Parquet; only the columns that are needed.
 
@@ -444,7 +474,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"report: {path} must hold an object, got {type(content).__name__}")
     return content
-
-
-def _number(text: str | None) -> float:
-    return float(text) if text else math.nan

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,11 +80,12 @@ def build(
 ) -> Path:
     """Write the HTML page of a run, finished or not.
 
+    Warns if the list of images has only the non-conforming ones, for the predictions are gone.
     Memory is some hundred bytes per image, and one iteration's scores; predictions are mapped.
 
     Args:
         run: the folder of the run.
-        out: the page; by default ``report.html`` in the folder of the run.
+        out: the page, .html or .htm; by default ``report.html`` in the folder of the run.
         root: where the images are now, if they have moved since the run.
         pictures: how many images of each kind are shown.
         csv: also write the images that people should look at; see ``review.write_list``.
@@ -93,14 +95,20 @@ def build(
         The page.
 
     Raises:
-        OSError: a file cannot be read or written. ValueError: it is not the folder of a run, or
-            its files do not fit together.
+        OSError: a file cannot be read or written; a list with decisions is never written over.
+            ValueError: it is not the folder of a run, or its files do not fit together; another
+            suffix of the page, or a page that is also the list.
     """
     opened = open_run(run, root)
     page = opened.folder / FILE if out is None else Path(out)
-    for path in (page, csv):
-        if path is not None:
-            require_writable(path)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"report: out must end in .html or .htm, got {page}")
+    require_writable(page)
+    if csv is not None:
+        if os.path.realpath(csv) == os.path.realpath(page):
+            raise ValueError(f"report: csv must be another file than the page, got {page} for both")
+        require_writable(csv)
+        review.require_undecided(csv)
     facts = _facts(opened, pictures, csv, csv_rows)
     text = _environment().get_template("report.html.j2").render(facts)
     with atomic_write(page) as temporary:
@@ -153,6 +161,7 @@ def _facts(
         "missing": _missing(run),
         "found": None,
         "galleries": [],
+        "settled": 0,
         "moved_away": 0,
         "what": what,
         "images": sizes.get("test" if what == "test" else "val", 0),
@@ -172,6 +181,8 @@ def _facts(
         "version": __version__,
     }
     if last is not None:
+        settled = review.settled(run.manifest)
+        facts["settled"] = int(settled.sum())
         candidates = review.find(
             last.critical_alpha,
             last.nc,
@@ -179,6 +190,7 @@ def _facts(
             run.labels,
             last.members,
             max(pictures, csv_rows if csv is not None else 0),
+            settled,
         )
         facts["found"] = {**iterations[-1], "members": len(last.members), "lost": last.lost}
         galleries = _galleries(run, last, candidates, pictures)
@@ -188,6 +200,10 @@ def _facts(
         # One that is missing says so itself; most of them tell that the folder has moved.
         facts["moved_away"] = gone if 2 * gone > len(shown) else 0
         if csv is not None:
+            if last.lost:
+                warnings.warn(
+                    f"{os.fspath(csv)} has non-conforming images only: {last.lost}", stacklevel=3
+                )
             chosen = candidates.in_turn(csv_rows)
             review.write_list(csv, run.manifest, chosen, last.critical_alpha, last.members)
     elif csv is not None:
@@ -367,7 +383,7 @@ def _cards(
     pictures: int,
 ) -> list[dict[str, Any]]:
     rows = candidates.rows[reason][:pictures]
-    names, labels = run.manifest.class_names, run.labels[rows]
+    names, labels = review.spellings(run.manifest.class_names), run.labels[rows]
     noisy = run.manifest.rows("train")[rows]
     if scores.members:
         tops = review.top_classes(review.averages(scores.members, rows))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..rule import GenKL
 from .chunks import OnBadRow, score_rows
+from .sources import first_of_other_length, list_rows, native
 from .tables import COLUMNS, LEFT_OUT
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class BatchScorer:
         validate: check every row.
         on_bad_row: what a row does that is null or no valid prediction: "raise"; "nan": it has
             NaN, no votes and the top class -1; "skip": it is not in the result.
-        keep: columns of the input that stay; all by default. ``keep=("key",)`` leaves out the
-            predictions, which are most of the bytes.
+        keep: columns of the input that stay, or the only one that does; all by default.
+            ``keep="key"`` leaves out the predictions, which are most of the bytes.
         prefix: goes before the names of the new columns.
 
     Raises:
@@ -57,7 +58,7 @@ class BatchScorer:
     logits: bool = False
     validate: bool = True
     on_bad_row: OnBadRow = "raise"
-    keep: tuple[str, ...] | None = None
+    keep: str | tuple[str, ...] | None = None
     prefix: str = ""
 
     def __post_init__(self) -> None:
@@ -67,16 +68,26 @@ class BatchScorer:
             raise ValueError(
                 f"BatchScorer: on_bad_row must be raise, nan or skip, got {self.on_bad_row!r}"
             )
+        for name in ("column", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, str) or (name == "keep" and value is None):
+                continue
+            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+                raise TypeError(
+                    f"BatchScorer: {name} must be the name of a column, or names, got {value!r}"
+                )
+            # Lists would not be hashable, nor the same after a change by somebody else.
+            object.__setattr__(self, name, tuple(value))
         if not self._sources:
             raise ValueError("BatchScorer: column must name at least one column, got none")
-        # Lists would not be hashable, nor the same after a change by somebody else.
-        for name in ("column", "keep"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def _sources(self) -> tuple[str, ...]:
-        return (self.column,) if isinstance(self.column, str) else tuple(self.column)
+        return (self.column,) if isinstance(self.column, str) else self.column
+
+    @property
+    def _keep(self) -> tuple[str, ...] | None:
+        return (self.keep,) if isinstance(self.keep, str) else self.keep
 
     def __call__(self, batch: Any) -> Any:
         """A batch with its scores: dict of arrays, ``pyarrow.Table`` or ``RecordBatch``, or
@@ -163,12 +174,13 @@ class BatchScorer:
         self, parts: Sequence[tuple[NDArray[Any], NDArray[np.int64]]]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_] | None]:
         """The new columns, and which rows are in the result (None: all)."""
+        models = self._alike(parts)
         missing = np.unique(np.concatenate([nulls for _, nulls in parts]))
         if len(missing) and self.on_bad_row == "raise":
             name = next(n for n, (_, nulls) in zip(self._sources, parts, strict=True) if len(nulls))
             raise ValueError(f"BatchScorer: column {name} is null at row {missing[0]} of a batch")
         columns, bad = score_rows(
-            [model for model, _ in parts],
+            models,
             self.rule,
             logits=self.logits,
             validate=self.validate,
@@ -179,15 +191,33 @@ class BatchScorer:
         columns = {self.prefix + name: column for name, column in columns.items()}
         if self.on_bad_row != "skip" or not len(missing) + len(bad):
             return columns, None
-        there = np.ones(len(parts[0][0]), bool)
+        there = np.ones(len(models[0]), bool)
         there[missing] = there[bad] = False
         return {name: column[there] for name, column in columns.items()}, there
 
+    def _alike(self, parts: Sequence[tuple[NDArray[Any], NDArray[np.int64]]]) -> list[NDArray[Any]]:
+        """The models, of one length and dtype. A column of nulls has the dtype of the others."""
+        known = [i for i, (model, nulls) in enumerate(parts) if len(nulls) < len(model)]
+        first = known[0] if known else 0
+        wanted = parts[first][0]
+        for i, (model, _) in enumerate(parts):
+            if len(model) != len(wanted):
+                raise ValueError(
+                    f"BatchScorer: column {self._sources[i]} must have as many rows as "
+                    f"{self._sources[first]}, {len(wanted)}, got {len(model)}"
+                )
+            if i in known and model.dtype != wanted.dtype:
+                raise TypeError(
+                    f"BatchScorer: column {self._sources[i]} must hold {wanted.dtype} like "
+                    f"{self._sources[first]}, got {model.dtype}"
+                )
+        return [model.astype(wanted.dtype, copy=False) for model, _ in parts]
+
     def _kept(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self.keep is None or name in self.keep]
+        return [name for name in names if self._keep is None or name in self._keep]
 
     def _require(self, names: Sequence[str]) -> None:
-        for name in (*self._sources, *(self.keep or ())):
+        for name in (*self._sources, *(self._keep or ())):
             if name not in names:
                 raise ValueError(
                     f"BatchScorer: column {name} must be in the batch, which has {', '.join(names)}"
@@ -204,10 +234,14 @@ def _from_values(
     values: Any, name: str, num_classes: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """(n, k) floats, and the rows that are null, from an array of numbers or of arrays."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of several lengths, or of nulls and numbers
+        array = np.empty(len(values), object)
+        array[:] = list(values)
     nulls = np.empty(0, np.int64)
-    if array.dtype == object and array.ndim == 1:
-        rows = [_one(value) for value in array]
+    if array.dtype == object and array.ndim:
+        rows = [_one(value, name, i) for i, value in enumerate(array)]
         nulls = np.array([i for i, row in enumerate(rows) if row is None], np.int64)
         for i, row in enumerate(rows):
             if row is not None and row.shape != (num_classes,):
@@ -225,49 +259,74 @@ def _from_values(
     return _floats(array, name, num_classes), nulls
 
 
-def _one(value: Any) -> NDArray[Any] | None:
+def _one(value: Any, name: str, at: int) -> NDArray[Any] | None:
     """A row; None if it is null, or one of its numbers is."""
-    row = np.asarray(value)
-    return None if row.ndim == 0 or row.dtype == object else row
+    if _is_null(value):
+        return None
+    try:
+        row = np.asarray(value)
+        if row.dtype == object and row.ndim:  # what nulls, or pandas, have made of numbers
+            there = [one for one in row.ravel() if not _is_null(one)]
+            numbers = np.asarray(there) if there else np.empty(0)
+            if numbers.dtype.name in _FLOATS:
+                return None if len(there) < row.size else numbers.reshape(row.shape)
+    except ValueError:  # rows within the row, of several lengths
+        row = np.empty((), object)
+    if row.ndim == 0 or row.dtype.newbyteorder("=").name not in _FLOATS:
+        kind = type(value).__name__ + (f" of {row.dtype}" if row.ndim else "")
+        raise TypeError(
+            f"BatchScorer: column {name} must hold rows of {', '.join(_FLOATS)}, got {kind} at "
+            f"row {at} of a batch"
+        )
+    return row
+
+
+def _is_null(value: Any) -> bool:
+    """None, NaN, or the NA of pandas."""
+    if isinstance(value, (float, np.floating)):
+        return bool(np.isnan(value))
+    return value is None or type(value).__name__ == "NAType"
 
 
 def _from_arrow(column: Any, name: str, num_classes: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """(n, k) floats, without a copy where that is possible, and the rows that are null or have a
     null in them."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if hasattr(column, "to_numpy_ndarray"):  # Ray's tensors
-        return _from_values(column.to_numpy_ndarray(), name, num_classes)
-    kind = column.type
     lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
-    if not any(is_so(kind) for is_so in lists):
+    kind = column.type
+    if isinstance(column, pa.ExtensionArray):  # tensors, Arrow's own or Ray's
+        shape = tuple(getattr(kind, "shape", None) or (num_classes,))
+        if shape != (num_classes,):
+            raise ValueError(
+                f"BatchScorer: column {name} must hold {num_classes} numbers in each row, got "
+                f"shape {shape}"
+            )
+        column = column.storage
+    if not any(is_so(column.type) for is_so in lists):
         raise TypeError(
             f"BatchScorer: column {name} must be lists of {num_classes} numbers, got {kind}"
         )
-    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), num_classes))
-    wrong = np.flatnonzero(lengths != num_classes)
-    if len(wrong):
+    if not pa.types.is_floating(column.type.value_type):
+        raise TypeError(
+            f"BatchScorer: column {name} must hold {', '.join(_FLOATS)}, got "
+            f"{column.type.value_type}"
+        )
+    other = first_of_other_length(column, num_classes)
+    if other is not None:
         raise ValueError(
             f"BatchScorer: column {name} must hold {num_classes} numbers in each row, got "
-            f"{lengths[wrong[0]]} at row {wrong[0]} of a batch"
+            f"{other[1]} at row {other[0]} of a batch"
         )
-    null = np.asarray(column.is_null())
-    numbers = column.flatten()  # less the null rows
-    array = numbers.to_numpy(zero_copy_only=False).reshape(-1, num_classes)
-    if null.any():
-        array, there = np.zeros((len(null), num_classes), array.dtype), array
-        array[~null] = there
-    if numbers.null_count:
-        gaps = np.asarray(numbers.is_null()).reshape(-1, num_classes).any(axis=1)
-        null[np.flatnonzero(~null)[gaps]] = True
-    return _floats(array, name, num_classes), np.flatnonzero(null)
+    rows, null = list_rows(column, num_classes)
+    return _floats(rows, name, num_classes), np.flatnonzero(null)
 
 
 def _floats(array: NDArray[Any], name: str, num_classes: int) -> NDArray[Any]:
-    if array.dtype.newbyteorder("=").name not in _FLOATS:
+    kind = array.dtype.newbyteorder("=").name
+    if kind not in _FLOATS:
         raise TypeError(
             f"BatchScorer: column {name} must hold {', '.join(_FLOATS)}, got {array.dtype}"
         )
@@ -276,4 +335,5 @@ def _floats(array: NDArray[Any], name: str, num_classes: int) -> NDArray[Any]:
             f"BatchScorer: column {name} must hold {num_classes} numbers in each row, got shape "
             f"{array.shape}"
         )
-    return array
+    rows: NDArray[Any] = native(array, kind)
+    return rows

@@ -19,7 +19,7 @@ _EDGE = 1e-3  # relative; nearer to the tolerance than this, only the kernel kno
 
 
 def score_rows(
-    models: Sequence[NDArray[Any]],
+    models: Sequence[Any],
     rule: GenKL,
     *,
     logits: bool = False,
@@ -32,7 +32,7 @@ def score_rows(
     """Score a piece of something larger.
 
     Args:
-        models: M arrays of (n, k), as for ``GenKL.score``.
+        models: M arrays or CPU tensors of (n, k), as for ``GenKL.score``.
         rule: what to score with.
         logits: they are logits.
         validate: look for rows that are no predictions.
@@ -68,22 +68,41 @@ def score_rows(
     return columns, bad
 
 
-def _with_one_hot(model: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+def empty_rows(models: Sequence[Any]) -> NDArray[np.bool_]:
+    """(n,) the rows in which any of M arrays or CPU tensors of (n, k) has nothing but NaN."""
+    empty = np.zeros(len(models[0]), bool)
+    for model in models:
+        # Nearly every row is cleared by its first entry.
+        begins_so = np.flatnonzero(np.isnan(_numbers(model[:, :1])).any(axis=1))
+        empty[begins_so[np.isnan(_numbers(model[begins_so])).all(axis=1)]] = True
+    return empty
+
+
+def _with_one_hot(model: Any, rows: NDArray[np.int64]) -> Any:
     """A copy with a prediction in rows that have none. Rows do not see each other, so it does not
     matter which."""
-    model = model.copy(order="K")
+    model = model.copy(order="K") if isinstance(model, np.ndarray) else model.detach().clone()
     model[rows] = 0
     model[rows, 0] = 1
     return model
 
 
-def _bad_rows(models: Sequence[NDArray[Any]], rule: GenKL, logits: bool) -> NDArray[np.int64]:
+def _numbers(model: Any) -> NDArray[Any]:
+    """A model's rows for NumPy, exactly: bfloat16, which it does not have, as float32."""
+    if isinstance(model, np.ndarray):
+        return model
+    model = model.detach()
+    rows: NDArray[Any] = (model.float() if str(model.dtype) == "torch.bfloat16" else model).numpy()
+    return rows
+
+
+def _bad_rows(models: Sequence[Any], rule: GenKL, logits: bool) -> NDArray[np.int64]:
     """All rows that the kernel finds bad. It tells the first one only, so most are found here, and
     the few at the edge of the tolerance are shown to it one by one."""
     bad = np.zeros(len(models[0]), bool)
     sums = np.zeros(len(models[0]))
     with np.errstate(invalid="ignore", over="ignore"):
-        for model in models:
+        for model in map(_numbers, models):
             bad |= ~np.isfinite(model).all(axis=1)
             if not logits:
                 bad |= (model < 0).any(axis=1)

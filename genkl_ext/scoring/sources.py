@@ -1081,19 +1081,17 @@ def _columns_of(schema: Any, columns: Sequence[str] | None, name: str) -> list[s
                 f"score: {name} must have a column of lists of numbers, or columns of numbers, "
                 f"got {', '.join(names)}"
             )
-        asked = f"{name} has"
     else:
         for column in columns:
             if column not in names:
                 raise ValueError(
                     f"score: {name} must have a column {column!r}, got {', '.join(names)}"
                 )
-        asked = f"{name}: column names"
     for column in columns:
-        if columns.count(column) > 1:
-            raise ValueError(f"score: {asked} {column!r} more than once")
         if names.count(column) > 1:
-            raise ValueError(f"score: {name} has {column!r} more than once")
+            raise ValueError(f"score: {name} has more than one column {column!r}")
+        if columns.count(column) > 1:
+            raise ValueError(f"score: column must name columns once, got {column!r} again")
     return list(columns)
 
 
