@@ -12,7 +12,7 @@ ambiguous     conforms, and two classes are nearly as probable: the smallest q_t
 The list is a CSV file with a column ``decision`` to fill in: the name or the number of a class,
 "ok" where the given label is right, "nc" for an image that fits no class. Empty: undecided. A name
 that does not tell its class is written with the number, as the list does: "crane (134)" where two
-classes are called crane, and "nc (3)" for a class called nc, for "ok" and "nc" are always the words.
+classes are called crane, and "nc (3)" for a class called nc: "ok" and "nc" are always the words.
 
 An image that was decided to fit no class stays in the split "train", without a label and with
 ``verified`` false; :func:`settled` tells these from images that merely have no label, and later
@@ -294,13 +294,8 @@ def apply(manifest: Manifest, decisions: PathLike) -> Applied:
                 continue
             keep = line.decision.casefold() == KEEP
             if row < 0:
-                there = checked[line.key]
-                if not keep and meaning.of(line.decision) not in there:
-                    has = " or ".join(repr(meaning.spelt[c]) for c in sorted(there))
-                    raise ValueError(
-                        f'decision must be "{KEEP}" or {has}, the verified label that the image '
-                        f'has in the split "clean", got {line.decision!r}'
-                    )
+                if not keep:
+                    meaning.require_among(checked[line.key], line.decision)
                 known += 1
                 continue
             label = int(labels[row]) if keep else meaning.of(line.decision)
@@ -373,7 +368,8 @@ class _Meaning:
                 if others:
                     raise ValueError(
                         f"decision must name one class, got {word!r}, which classes "
-                        f"{', '.join(map(str, (first, *others)))} are called; write the number"
+                        f"{', '.join(map(str, (first, *others)))} are called; write the number, "
+                        f"or {self.spelt[first]!r}"
                     )
                 return first
         if word.isascii() and word.isdigit() and int(word) < len(self._names):
@@ -385,6 +381,15 @@ class _Meaning:
             f'decision must be a class name, a number below {len(self._names)}, "{KEEP}" or '
             f'"{NONCONFORMING}", got {word!r}; {hint}'
         )
+
+    def require_among(self, labels: set[int], word: str) -> None:
+        """Raise ``ValueError`` unless a word means one of these verified labels of an image."""
+        if self.of(word) not in labels:
+            there = " or ".join(repr(self.spelt[c]) for c in sorted(labels))
+            raise ValueError(
+                f'decision must be "{KEEP}" or {there}, the verified label that the image has in '
+                f'the split "clean", got {word!r}'
+            )
 
 
 def _read(path: Path) -> list[_Line]:

@@ -216,7 +216,9 @@ def test_the_same_decision_twice_is_one(tmp_path: Path, manifest: Manifest) -> N
     ("lines", "message"),
     [
         (["a,ok", "b,ok"], "line 3, key 'b': key must be that of a noisy image, got one that no"),
-        (["clean,ok"], 'line 2, key \'clean\': key must be .* split "train", got one of "clean"'),
+        (["test,ok"], 'line 2, key \'test\': key must be .* split "train", got one of "test"'),
+        (["clean,skirt"], "line 2, key 'clean': .* \"ok\" or 'dress', .* \"clean\", got 'skirt'$"),
+        (["clean,nc"], "line 2, key 'clean': .* \"ok\" or 'dress', .* \"clean\", got 'nc'$"),
         (["a,", "nobody,"], "line 3, key 'nobody': key must be that of a noisy image"),
         (["a,dres"], "line 2, key 'a': .* below 4, \"ok\" or \"nc\", got 'dres'; .* 'dress'\\?$"),
         (["a,4"], "got '4'; classes are dress, =hat, skirt, 7$"),
@@ -244,6 +246,9 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path, manifest: Manife
     (tmp_path / "decisions.csv").write_bytes(b"key,decision\n\xff\xfe,ok\n")
     with pytest.raises(ValueError, match="must be UTF-8"):
         review.apply(manifest, tmp_path / "decisions.csv")
+    long = "x" * (csv.field_size_limit() + 1)
+    with pytest.raises(ValueError, match=r"decisions.csv, line 2: field larger than"):
+        review.apply(manifest, decisions(tmp_path, f"a,{long}"))
     with pytest.raises(FileNotFoundError):
         review.apply(manifest, tmp_path / "none.csv")
 
@@ -268,3 +273,112 @@ def test_verified_images_are_the_clean_set_of_a_run(tmp_path: Path, manifest: Ma
     gk.score_files(tmp_path / "q.npy", rule, tmp_path / "scores.parquet")
     facts = relabel(changed, tmp_path / "scores.parquet", tmp_path / "targets.parquet", Relabel())
     assert facts["left out"] == 1 and facts["double-hot"] == 1
+
+
+def test_a_list_that_has_grown_is_applied_again(tmp_path: Path, manifest: Manifest) -> None:
+    first = ["a,ok", "'=b,skirt", "''c,nc", "d,ok"]
+    once = review.apply(manifest, decisions(tmp_path, *first))
+    assert (once.known, once.nonconforming) == (0, 1)
+    path = decisions(tmp_path, *first, "a,0", "a,", "'=b,ok", "clean,dress", "e,7", "''c,NC")
+    again = review.apply(once.manifest, path)
+    counts = (again.confirmed, again.relabelled, again.nonconforming, again.undecided, again.known)
+    assert counts == (0, 1, 0, 1, 8)
+    before, after = rows(once.manifest), rows(again.manifest)
+    assert after.pop(4) == ("e", 3, "clean", True)
+    before.pop(4)
+    assert after == before
+
+
+@pytest.mark.parametrize("line", ["a,skirt", "a,nc", "'=b,dress", "''c,ok", "d,nc"])
+def test_what_was_decided_is_not_contradicted(
+    tmp_path: Path, manifest: Manifest, line: str
+) -> None:
+    once = review.apply(manifest, decisions(tmp_path, "a,ok", "'=b,skirt", "''c,nc", "d,ok"))
+    with pytest.raises(ValueError, match="line 2, key .* decision"):
+        review.apply(once.manifest, decisions(tmp_path, line))
+
+
+def test_a_clean_image_that_nobody_verified_is_not_decided(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    table = manifest.table.drop_columns(["verified"])
+    bare = Manifest(table, NAMES, "table", "/images")
+    with pytest.raises(ValueError, match='got one of "clean"'):
+        review.apply(bare, decisions(tmp_path, "clean,dress"))
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path, manifest: Manifest) -> None:
+    names = ("crane", "NC", "crane", "ok")
+    named = Manifest(manifest.table, names, "table", "/images")
+    assert review.spellings(names) == ["crane (0)", "NC (1)", "crane (2)", "ok (3)"]
+    out = tmp_path / "list.csv"
+    np.save(tmp_path / "q.npy", np.tile(np.float32([0.1, 0.2, 0.4, 0.3]), (8, 1)))
+    chosen = [(0, "nc"), (1, "nc"), (2, "nc")]
+    review.write_list(out, named, chosen, np.zeros(8, np.float32), [tmp_path / "q.npy"])
+    with out.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["given_label"] for line in lines] == ["crane (0)", "NC (1)", "crane (2)"]
+    assert lines[0]["top_classes"] == "crane (2) | ok (3) | NC (1)"
+
+    for word in ("crane", "Crane"):
+        with pytest.raises(ValueError, match=f"got '{word}', which classes 0, 2 are called; write"):
+            review.apply(named, decisions(tmp_path, f"a,{word}"))
+    path = decisions(tmp_path, "a,crane (2)", "'=b,2", "''c,nc (1)", "e,OK (3)", "-f,nc", "d,ok")
+    changed = rows(review.apply(named, path).manifest)
+    assert [row[1] for row in changed[:8]] == [2, 2, 1, 3, 3, 0, None, 2]
+
+
+def test_a_name_like_the_spelling_of_another_is_not_guessed(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    named = Manifest(manifest.table, ("crane", "crane", "crane (0)", "Hat"), "table", "/images")
+    with pytest.raises(ValueError, match="which classes 0, 2 are called"):
+        review.apply(named, decisions(tmp_path, "a,crane (0)"))
+    assert rows(review.apply(named, decisions(tmp_path, "a,2")).manifest)[0][1] == 2
+
+
+def test_decisions_are_not_written_over(tmp_path: Path, manifest: Manifest) -> None:
+    def write(path: Path) -> None:
+        review.write_list(path, manifest, [(0, "nc"), (1, "nc")], np.zeros(8, np.float32), [])
+
+    out = tmp_path / "list.csv"
+    out.touch()
+    write(out)  # an empty file loses nothing
+    write(out)  # nor does a list without a decision
+    text = out.read_bytes().decode()
+    decided = text.replace(",\r\n", ",skirt\r\n", 1)
+    other = "a,b\r\n1,2\r\n"
+    for kept, message in (
+        (text[:-2] + "skirt\r\n", "its column decision has 1 that"),
+        (text.replace(",", ";")[:-2] + "nc\r\n", "its column decision has 1 that"),
+        (other, "is no list of images"),
+    ):
+        out.write_text(kept, newline="")
+        with pytest.raises(FileExistsError, match=f"cannot write .*list.csv: .*{message}"):
+            write(out)
+        assert out.read_bytes() == kept.encode()
+    out.write_bytes(decided.encode("utf-16"))
+    with pytest.raises(FileExistsError, match="is no list of images"):
+        write(out)
+
+
+def test_images_decided_to_fit_no_class_are_settled(tmp_path: Path, manifest: Manifest) -> None:
+    assert not review.settled(manifest).any()
+    decided = review.apply(manifest, decisions(tmp_path, "''c,nc", "d,nc", "a,ok")).manifest
+    settled = review.settled(decided)
+    keys = decided.split("train").keys()
+    assert [key for key, s in zip(keys, settled, strict=True) if s] == ["'c", "d", "d"]
+    # Verified to be wrong, with the label still there: published so; nobody said that none fits.
+    table = manifest.table.set_column(4, "verified", [pa.array([False] * len(manifest))])
+    wrong = review.settled(Manifest(table, NAMES, "table", "/images"))
+    assert np.flatnonzero(wrong).tolist() == [4]
+
+    critical = np.linspace(1, 2, len(keys)).astype(np.float32)
+    top, labels = np.zeros(len(keys), np.int32), decided.split("train").labels
+    q = np.tile(np.float32([0.4, 0.3, 0.2, 0.1]), (len(keys), 1))
+    np.save(tmp_path / "q.npy", q)
+    for nc in (critical > 0, critical < 0):
+        found = review.find(critical, nc, top, labels, [tmp_path / "q.npy"], 10, settled)
+        listed = {row for row, _ in found.in_turn(10)}
+        assert listed == set(np.flatnonzero(~settled).tolist())
+        assert found.found["nc" if nc.all() else "ambiguous"] == len(listed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,8 +47,8 @@ def plot(
     if alpha is not None:
         if kind in ("accuracy", "learning"):
             raise UsageError(f"--alpha does not go with {kind}, which has no scores")
-        if not 0 <= alpha < math.inf:
-            raise UsageError(f"--alpha must be a finite number from 0 on, got {alpha}")
+        if alpha < 0:
+            raise UsageError(f"--alpha must not be negative, got {alpha}")
     if kind == "accuracy" and iteration is not None:
         raise UsageError("--iteration does not go with accuracy, which is of all iterations")
     if source.is_dir():

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 State = Literal["done", "begun", "missing"]
 
+_RUN_FILES = ("recipe.yaml", "manifest.parquet")  # that make a folder that of a run
 _COLUMNS = ("critical_alpha", "nc", "top_class", "top_prob")
 _PLAIN = {"noisy": "plain training, noisy labels", "both": "plain training, noisy and clean labels"}
 _MEMBERS = {"clean": "members: clean labels only", "noisy": "members: noisy labels"}
@@ -161,7 +162,8 @@ class Run:
     @property
     def trained(self) -> list[int]:
         """The iterations of which a training has begun."""
-        return sorted({g.iteration for g in self.groups if g.kind in ("train", "finetune")})  # type: ignore[type-var]
+        ours = {group.iteration for group in self.groups if group.kind in ("train", "finetune")}
+        return sorted(t for t in ours if t is not None)
 
     @cached_property
     def missing(self) -> list[str]:
@@ -403,7 +405,7 @@ def open_run(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"report: {folder} is no folder")
-    for name in ("recipe.yaml", "manifest.parquet"):
+    for name in _RUN_FILES:
         if not (folder / name).is_file():
             hint = ""
             if (folder / "run" / name).is_file():
@@ -438,8 +440,9 @@ def read_data(source: str) -> Manifest:
     Raises:
         OSError, ValueError: as ``layouts.read``.
     """
-    of_run = Path(source) / "manifest.parquet"
-    return layouts.read(of_run if of_run.is_file() else source)
+    folder = Path(source)
+    of_run = all((folder / name).is_file() for name in _RUN_FILES)
+    return layouts.read(folder / "manifest.parquet" if of_run else source)
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scored:

@@ -2,6 +2,8 @@
 
 import csv
 import importlib.util
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import genkl_ext as gk
 from genkl_ext import review
 from genkl_ext.cli.main import main
-from genkl_ext.report import build, plots
+from genkl_ext.report import build, plots, style
 
 _RUNS = Path(__file__).parents[1] / "report" / "synthetic_run.py"
 
@@ -147,7 +149,7 @@ def test_figures_of_a_table_of_scores(
     assert main(["plot", "classes", *words, "--alpha", "1.1"]) == 0
     (classes, nc, names), options = drawn["nc_share"]
     assert options["by"] == "most probable class" and list(names) == ["0", "1", "2", "3"]
-    np.testing.assert_array_equal(nc, values >= np.float32(1.1))
+    np.testing.assert_array_equal(nc, values.astype(np.float64) >= 1.1)
     assert main(["plot", "classes", *words, "--data", str(data)]) == 0
     manifest = gk.Manifest.load(data).split("train")
     (classes, _, names), _ = drawn["nc_share"]
@@ -156,6 +158,8 @@ def test_figures_of_a_table_of_scores(
     (flow, _), _ = drawn["label_flow"]
     conforming = (values < np.float32(alpha)) & (manifest.labels >= 0)
     assert flow.sum() == conforming.sum()
+    assert main(["plot", "flow", *words, "--data", str(finished_run)]) == 0  # the run's manifest
+    np.testing.assert_array_equal(drawn["label_flow"][0][0], flow)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,13 @@ def test_figures_of_a_table_of_scores(
         ("alpha TABLE -o a.png --iteration 1", 2, "--iteration goes with the folder of a run"),
         ("flow TABLE -o a.png", 2, "flow needs --data"),
         ("alpha RUN -o a.png --iteration 2", 1, "must have scores of iteration 2, it has: 0, 1"),
+        ("learning RUN -o a.png --iteration 9", 1, "have trainings of iteration 9, it has: 0, 1"),
+        ("learning RUN -o a.png --iteration -1", 1, "have trainings of iteration -1, it has: 0, 1"),
+        ("learning RUN -o a.png --alpha 1", 2, "--alpha does not go with learning"),
+        ("accuracy RUN -o a.png --alpha 1", 2, "--alpha does not go with accuracy"),
+        ("accuracy RUN -o a.png --iteration 0", 2, "--iteration does not go with accuracy"),
+        ("alpha RUN -o a.png --alpha -1", 2, "--alpha must not be negative, got -1"),
+        ("alpha TABLE -o a.png --data MANIFEST", 2, "--data does not go with alpha"),
         ("alpha nowhere.parquet -o a.png", 1, "nowhere.parquet"),
         ("alpha KEYS -o a.png", 1, "keys.txt is not a Parquet file"),
         ("alpha MANIFEST -o a.png", 1, "is not a table of genkl scores"),
@@ -205,3 +216,95 @@ def test_an_unfinished_run_has_its_figures(finished_run: Path, tmp_path: Path) -
     (run / "summary.json").unlink()
     assert main(["plot", "learning", str(run), "-o", str(tmp_path / "a.svg")]) == 0
     assert main(["plot", "accuracy", str(run), "-o", str(tmp_path / "b.svg")]) == 0
+
+
+def test_learning_is_of_the_last_iteration_with_a_training(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    records = json.loads((run / "records.json").read_text())
+    trials = re.compile("iteration-1/trial-")
+    kept = {name: stage for name, stage in records.items() if not trials.match(name)}
+    (run / "records.json").write_text(json.dumps(kept))
+    titles = []
+    monkeypatch.setattr(
+        plots, "learning", lambda *_, title, **__: titles.append(title) or style.figure(1, 1)
+    )
+    words = ["plot", "learning", str(run), "-o", str(tmp_path / "a.svg")]
+    assert main(words) == 0 and titles == ["Iteration 0"]
+    assert main([*words, "--iteration", "1"]) == 1
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_runs_folder_is_data_and_is_not_written_over(
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    as_folder: bool,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("manifest.parquet", "recipe.yaml"):
+        shutil.copy(finished_run / name, run)
+    manifest = run / "manifest.parquet"
+    table, out = tmp_path / "a.csv", tmp_path / "out.parquet"
+    table.write_text("key,decision\ntrain-9,dress\n")
+    data = str(run if as_folder else manifest)
+    words = ["review", "apply", str(table), "--data", data, "-o"]
+    assert main([*words, str(out)]) == 0
+    whole, changed = gk.Manifest.load(manifest), gk.Manifest.load(out)
+    row = whole.lookup(["train-9"])
+    assert len(changed) == len(whole) and changed.labels[row] == 0
+    capsys.readouterr()
+
+    (tmp_path / "link.parquet").symlink_to(manifest)
+    before = {path: path.read_bytes() for path in (manifest, table)}
+    for output in (manifest, tmp_path / "link.parquet"):
+        assert main([*words, str(output)]) == 2
+        err = capsys.readouterr().err
+        assert "--out must be another file than" in err and err.count("\n") == 1
+    for output in (table, tmp_path / "x.csv"):
+        assert main([*words, str(output)]) == 2
+        assert "--out must end in .parquet, got" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (tmp_path / "x.csv").exists()
+    assert main(["review", "apply", str(out), "--data", data, "-o", str(out)]) == 2
+
+
+def test_the_list_is_no_input_and_not_the_page(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decided = tmp_path / "mine.csv"
+    decided.write_text("key,decision\ntrain-9,dress\ntrain-8,nc\ntrain-7,\n")
+    metrics = tmp_path / "metrics.csv"
+    shutil.copy(finished_run / "baselines/noisy/0/metrics.csv", metrics)
+    before = {path: path.read_bytes() for path in (decided, metrics)}
+    page = tmp_path / "page.html"
+    for out, table, message in (
+        (page, decided, "mine.csv: its column decision has 2 that a new list would lose; give"),
+        (page, metrics, "metrics.csv: it exists and is no list of images to review; give another"),
+        (page, page, "csv must be another file than the page"),
+        (tmp_path / "same.x", tmp_path / "same.x", "out must end in .html or .htm, got"),
+        (decided, tmp_path / "b.csv", "out must end in .html or .htm, got"),
+    ):
+        assert main(["report", str(finished_run), "-o", str(out), "--csv", str(table)]) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in before}
+    assert set(tmp_path.iterdir()) == set(before)
+
+
+def test_says_that_the_list_has_nonconforming_images_only(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, table = tmp_path / "run", tmp_path / "list.csv"
+    shutil.copytree(finished_run, run)
+    (run / "iteration-1/predictions/1.npy").unlink()
+    assert main(["report", str(run), "--csv", str(table), "--pictures", "0"]) == 0
+    assert capsys.readouterr().err == (
+        f"genkl report: warning: {table} has non-conforming images only: "
+        "the predictions 1.npy that were scored are not there any more\n"
+    )
+    with table.open(encoding="utf-8", newline="") as file:
+        assert {line["reason"] for line in csv.DictReader(file)} == {"nc"}

@@ -1,6 +1,7 @@
 """The page of a run: its numbers are those of the run's files, and it needs nothing but itself."""
 
 import base64
+import csv
 import html
 import io
 import re
@@ -18,10 +19,11 @@ import synthetic_run as synthetic
 from PIL import Image
 
 import genkl_ext as gk
+from genkl_ext import review
 from genkl_ext.data import Ledger
 from genkl_ext.data.decode import Limits
 from genkl_ext.data.ledger import SCHEMA
-from genkl_ext.report import build, plots, style
+from genkl_ext.report import build, findings, plots, style
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -414,12 +416,60 @@ def test_files_that_do_not_fit_are_refused(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_an_output_that_cannot_be_written_is_known_at_once(run: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_known_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(review, "find", lambda *_: pytest.fail("scores have been read"))
     with pytest.raises(FileNotFoundError, match="no/page.html"):
         build(run, tmp_path / "no" / "page.html")
     with pytest.raises(FileNotFoundError, match="no/list.csv"):
         build(run, csv=tmp_path / "no" / "list.csv")
+    (tmp_path / "list.csv").write_text("key,decision\ntrain-9,nc\n")
+    with pytest.raises(FileExistsError, match="list.csv: its column decision has 1 that"):
+        build(run, csv=tmp_path / "list.csv")
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_images_that_people_settled_are_not_shown_again(run: Path, tmp_path: Path) -> None:
+    def shown() -> list[str]:
+        text = build(run, pictures=60, csv=tmp_path / "list.csv").read_text(encoding="utf-8")
+        return [html.unescape(k) for k in re.findall(r'<div class="key">(.*?)</div>', text)]
+
+    before = shown()
+    settled = [key for key in dict.fromkeys(before) if key.startswith("train-")][:3]
+    table = tmp_path / "decided.csv"
+    table.write_text("key,decision\n" + "".join(f"{key},nc\n" for key in settled))
+    manifest = gk.Manifest.load(run / "manifest.parquet")
+    review.apply(manifest, table).manifest.save(run / "manifest.parquet")
+    after = shown()
+    assert set(settled) <= set(before) and not set(settled) & set(after)
+    assert f"train-{synthetic.WITHOUT_LABEL}" in after  # without a label, and nobody looked
+    with (tmp_path / "list.csv").open(encoding="utf-8", newline="") as file:
+        assert not set(settled) & {line["key"] for line in csv.DictReader(file)}
+    words = Page((run / "report.html").read_text(encoding="utf-8")).text
+    assert "3 noisy images that people decided to fit no class are left out here." in words
+
+
+def test_another_alpha_is_not_rounded() -> None:
+    alpha = 0.9  # float32 has 0.899999976 for it
+    critical = np.float32([0.9, np.nextafter(np.float32(0.9), np.float32(1)), np.nan])
+    nothing = np.zeros(3, np.int32)
+    scores = findings.Scored(0.5, 4, [], critical, nothing > 0, nothing, critical)
+    assert scores.at(alpha).nc.tolist() == [float(value) >= alpha for value in critical]
+    assert scores.at(alpha).nc.tolist() == [False, True, False]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_word_in_the_metrics_is_named(run: Path) -> None:
+    path = run / "iteration-1/trial-0/train/metrics.csv"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].replace(",0.1,", ",abc,")
+    path.write_text("\n".join(lines))
+    opened = findings.open_run(run)
+    training = next(t for g in opened.groups for t in g.trainings if t.metrics == path)
+    with pytest.raises(ValueError, match=r"train/metrics.csv, line 3: lr must be a .* got 'abc'$"):
+        opened.metrics(training)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
