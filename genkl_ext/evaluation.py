@@ -229,8 +229,8 @@ def evaluate(
         decisions: name -> (N,) bool, what an identifier flags by its own rule.
         groups: (N,) integers, the given labels: each class is evaluated by itself, too. Rows with
             -1 are in no class.
-        group_names: names of the classes 0, 1, ...; by default their numbers. Where classes share
-            a name, as two of ImageNet are called "crane", it is followed by the number: "crane (134)".
+        group_names: names of the classes 0, 1, ...; by default their numbers. A name that several
+            classes have, as two of ImageNet's, is followed by the number: "crane (134)".
         shares: flagged shares of all rows at which recall is reported.
         false_positives: share of the negatives at which recall is reported.
         draws: of the bootstrap; 0: no intervals.

@@ -197,8 +197,8 @@ class Sweep:
         """A line for each group at its own alpha, means over its seeds, in columns of text.
 
         Shares in %. "J" is the mean Jaccard index between seeds, "FP" the share of verified rows
-        that is flagged; with truth come AUROC, F1 and, over the whole alpha axis, the best F1; where
-        only some NC rows are known, the share of these that is flagged, the recall.
+        that is flagged; with truth come AUROC, F1 and, over the whole alpha axis, the best F1.
+        Where only some NC rows are known it is the recall, the share of these that is flagged.
         """
         shares = self.shares
         header = ["beta", "sigma", "m", "seeds", "alpha", "NC %", "J"]

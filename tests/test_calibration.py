@@ -18,6 +18,7 @@ from genkl_ext import calibration, reference
 from genkl_ext.calibration import alpha_reached_by, alpha_reached_by_at_most, calibrate, interval
 
 RULE = gk.GenKL(10, 1.0, 0.042, 0.07)
+HOLE = np.where(np.arange(300).reshape(30, 10) == 21, np.nan, 0.5)
 
 
 def rows(count: int, classes: int = 10, seed: int = 0, scale: float = 1.5) -> np.ndarray:
@@ -188,7 +189,7 @@ def test_the_beta_after_which_a_head_is_best() -> None:
     # Rows without label or prediction, noisy or clean, change nothing.
     more = {
         "noisy": np.vstack([noisy, noisy[:1], np.full((1, 10), np.nan)]),
-        "features": np.vstack([features, features[:2]]),
+        "features": np.vstack([features, np.full((2, features.shape[1]), np.nan)]),
         "labels": [*labels, -1, -1],
         "clean_features": np.vstack([clean_features[:1], clean_features]),
         "clean_labels": [0, *clean_labels],
@@ -291,6 +292,17 @@ def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> 
         ({"noisy": rows(31)}, r"labels must be \(31,\) like noisy, got \(30,\)"),
         ({"clean_labels": np.zeros(19, int)}, r"clean_labels must be \(20,\), got \(19,\)"),
         ({"clean_features": None}, "clean_features must be given"),
+        (
+            {"clean_features": np.zeros((20, 3))},
+            "clean_features must have 10 columns like features",
+        ),
+        (
+            {"clean_features": HOLE[:20]},
+            "clean_features must be finite, got nan at row 2, column 1",
+        ),
+        ({"features": HOLE}, "features must be finite, got nan at row 2, column 1"),
+        ({"features": HOLE.astype(str)}, "features must be numbers, got <U"),
+        ({"labels": np.zeros(30)}, "labels must be integers, got float64"),
         ({"folds": 1}, "folds must be from 2 to 20"),
         ({"labels": np.zeros(30, int)}, "must have two classes at least, got"),
     ],

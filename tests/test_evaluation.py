@@ -80,6 +80,17 @@ def test_a_rate_that_is_reached_exactly_counts(negatives: int) -> None:
     assert ev.recall_at_false_positives(scores, truth, 0.05) == 0.5
 
 
+@pytest.mark.parametrize("rate", [7 / 1000, 0.7 / 100])
+def test_a_rate_that_was_computed_counts_like_the_one_meant(rate: float) -> None:
+    truth = np.zeros(1003, bool)
+    truth[[0, 8, 500]] = True  # 7 of 1000 negatives lie between the first two
+    scores = -np.arange(1003.0)
+    assert 0.7 / 100 < 7 / 1000
+    assert ev.recall_at_false_positives(scores, truth, rate) == pytest.approx(2 / 3, abs=1e-12)
+    flagged = ev.recall_at_flagged(-np.arange(1000.0), truth[3:], rate)
+    assert flagged == pytest.approx(0.5, abs=1e-12)
+
+
 def test_recall_at_flagged_is_expected_over_the_orders_of_ties() -> None:
     scores = np.array([3, 2, 2, 2, 1, 1, 0.0])
     truth = np.array([0, 1, 0, 0, 1, 1, 1], bool)
@@ -475,6 +486,14 @@ def test_intervals_are_printed_below_the_values() -> None:
     assert f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}" in table
 
 
+def test_classes_of_one_name_are_numbered() -> None:
+    scores, truth = np.arange(6.0), np.array([0, 1, 0, 1, 0, 1])
+    names = ["crane", "hat", "crane"]
+    found = ev.evaluate({"a": scores}, truth, groups=[0, 0, 1, 1, 2, 2], group_names=names, draws=0)
+    assert list(found.classes) == ["crane (0)", "hat", "crane (2)"]
+    assert "crane (2)" in found.table()
+
+
 def test_progress() -> None:
     calls: list[tuple[int, int]] = []
     ev.evaluate(**sample(30), draws=25, progress=lambda *call: calls.append(call))
@@ -519,7 +538,7 @@ TRUTH = np.array([True, False, True])
             "groups must be below 2, the number of group_names, got 2 at row 2",
         ),
         (
-            {"groups": [0, 1, 0], "group_names": ["x", "x"]},
+            {"groups": [0, 1, 0], "group_names": ["x", "x", "x (1)"]},
             ValueError,
             "group_names must differ from each other",
         ),

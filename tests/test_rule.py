@@ -1,5 +1,6 @@
 """GenKL and Scores: the published check values, the messages, the small promises."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_at_decides_other_alphas_without_the_data():
         assert (scores.at(alpha=alpha) == fresh.nc)[~near].all()
     with pytest.raises(ValueError, match="at: alpha must be a finite number >= 0, got nan"):
         scores.at(alpha=float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_at_does_not_round_alpha_to_float32(kind):
+    alpha = 1.1659202933311463
+    below = np.float32(alpha)
+    assert float(below) < alpha
+    rule = gk.GenKL(10, alpha, beta=0.042, sigma=0.07)
+    q = reference.softmax(np.random.default_rng(0).normal(size=(20_000, 10)) * 0.8)
+    scores = rule.score(q if kind == "numpy" else torch.from_numpy(q))
+    np.testing.assert_array_equal(scores.at(alpha), scores.nc)
+    ends = np.array([below, np.nextafter(below, np.float32(2)), np.nan], np.float32)
+    known = np.array([False, True, False])
+    made = {"critical_alpha": ends, "nc": known}
+    if kind == "torch":
+        made = {name: torch.from_numpy(column) for name, column in made.items()}
+    scores = dataclasses.replace(scores, **made)
+    assert scores.at(alpha).tolist() == known.tolist()
+    other = dataclasses.replace(scores, rule=gk.GenKL(10, 1.0, beta=0.042, sigma=0.07))
+    assert other.at(alpha).tolist() == known.tolist()
 
 
 def test_numpy_in_numpy_out_tensors_in_tensors_out(device):

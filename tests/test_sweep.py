@@ -224,6 +224,29 @@ def test_no_rows() -> None:
     json.loads(found.to_json(), parse_constant=pytest.fail)
 
 
+def test_of_some_known_positives_there_is_recall_and_nothing_else() -> None:
+    q = rows(70)
+    q[3] = q[4] = np.nan
+    rules = grid(RULE, betas=[0.01, 0.05])
+    verified = np.arange(70) % 4 == 0
+    found = sweep(q, rules, verified=verified, chunk_bytes=56 * 13)
+    alike = sweep(q, rules, truth=verified)
+    assert found.positives_only and found.auroc is None and found.truly_nc == alike.truly_nc == 17
+    np.testing.assert_array_equal(found.quality("recall"), alike.quality("recall"))
+    for name in ("f1", "precision", "balanced_accuracy"):
+        with pytest.raises(ValueError, match=f"quality must be 'recall' .*, got '{name}'"):
+            found.quality(name)
+    stored = from_critical_alphas(critical_alphas(q, rules), rules, verified=verified)
+    assert stored.to_json() == found.to_json()
+    facts = json.loads(found.to_json())
+    assert facts["verified"] == {"nc": 17, "true_counts": found.true_counts.tolist()}
+    assert "truth" not in facts
+    header, first, _ = found.table().splitlines()
+    assert header.endswith("recall %") and "F1" not in header
+    at = found.alphas.tolist().index(1.05)
+    assert first.split()[-1] == f"{100 * found.quality('recall')[0, at]:.2f}"
+
+
 def test_json_and_table_say_what_was_counted() -> None:
     q = rows(50)
     rules = grid(RULE, betas=[0.01, 0.05], seeds=[0, 7])
@@ -259,6 +282,12 @@ def test_json_and_table_say_what_was_counted() -> None:
         ({"alphas": [0.5, -1]}, r"alphas must be finite numbers >= 0, got \[0.5, -1\]"),
         ({"truth": [True] * 9}, r"truth must be \(10,\) booleans, got \(9,\) bool"),
         ({"truth": [1] * 10}, r"truth must be \(10,\) booleans, got \(10,\) int64"),
+        ({"verified": [True] * 9}, r"verified must be \(10,\) booleans, got \(9,\) bool"),
+        ({"verified": [False] * 10}, "verified must have a row that is NC, got none"),
+        (
+            {"verified": [True] * 10, "truth": [True] * 10},
+            "truth and verified cannot both be given",
+        ),
         ({"chunk_bytes": 0}, "chunk_bytes must be at least 1, got 0"),
         ({"clean": rows(3, 10)}, r"must have shape \(N, 14\), got \(3, 10\)"),
         ({"predictions": rows(3, 10)}, r"must have shape \(N, 14\), got \(3, 10\)"),

@@ -265,6 +265,12 @@ def _labels(path: Path | None, rows: Manifest | None) -> NDArray[np.integer[Any]
         labels = _load(path, "--labels")
         if labels.dtype.kind not in "iu":
             raise ValueError(f"{path} must hold integers, got {labels.dtype}")
+        if rows is not None and len(labels) and labels.max() >= rows.num_classes:
+            row = int(np.argmax(labels))
+            raise ValueError(
+                f"{path} must be below {rows.num_classes}, the manifest's number of classes, got "
+                f"{labels[row]} in row {row}"
+            )
     return None if labels is None or (labels < 0).all() else labels
 
 
@@ -397,7 +403,7 @@ def _score_file(word: str) -> _Source:
     flagged = None
     if chosen == _SCORE and _FLAG in table:
         # What has no decision, or no score to be decided by, is not flagged.
-        flagged = (_kinds(_column(table[_FLAG]), [], f"{path}:{_FLAG}") == 1) & ~np.isnan(scores)
+        flagged = (_kinds(_column(table[_FLAG]), None, f"{path}:{_FLAG}") == 1) & ~np.isnan(scores)
         if path.suffix == ".parquet":
             facts["rule"] = _rule(path)
     return _Source(word, shown, scores, flagged, keys, facts)
@@ -511,8 +517,6 @@ def _truth(
     word: str, nc_values: list[str], rows: Manifest | None, keyed: Manifest | None, count: int
 ) -> NDArray[np.int8]:
     """(N,) 1, 0 or -1 from a column of the manifest, of a table, or from an array."""
-    import pyarrow as pa
-
     if not os.path.exists(word) and ":" not in word:
         if rows is None:
             raise UsageError(f"--truth {word} is no file, and a column of the manifest needs one")
@@ -525,7 +529,7 @@ def _truth(
         values = _load(path, "--truth")
         if len(values) != count:
             raise ValueError(f"{path} must have {count} values, got {len(values)}")
-        return _kinds(_column(values), nc_values, str(path), "; --nc-values says which words mean non-conforming")
+        return _kinds(_column(values), nc_values, str(path))
     table = _read_table(path)
     if "key" not in table.column_names:
         raise ValueError(f"{path} must have a column key, got {', '.join(table.column_names)}")
@@ -564,8 +568,9 @@ def _by_key(
     return made
 
 
-def _kinds(column: pa.ChunkedArray, nc_values: list[str], what: str) -> NDArray[np.int8]:
-    """1 for values that mean non-conforming, 0 for others, -1 for none."""
+def _kinds(column: pa.ChunkedArray, nc_values: list[str] | None, what: str) -> NDArray[np.int8]:
+    """1 for values that mean non-conforming, 0 for others, -1 for none; without ``nc_values``
+    words other than true and false are not allowed."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -584,9 +589,10 @@ def _kinds(column: pa.ChunkedArray, nc_values: list[str], what: str) -> NDArray[
         bad = ~positive & ~unknown & ~np.asarray(pc.is_in(words, value_set=pa.array(_FALSE)))
         if bad.any():
             row = int(np.argmax(bad))
+            hint = "; --nc-values says which words mean non-conforming"
             raise ValueError(
                 f"{what} must be 0, 1, true, false or empty, got {column[row].as_py()!r} in row "
-                f"{row}; --nc-values says which words mean non-conforming"
+                f"{row}{'' if nc_values is None else hint}"
             )
     return np.where(unknown, -1, positive).astype(np.int8)
 

@@ -94,13 +94,15 @@ def sweep(
         raise UsageError("--truth and --verified cannot both be given")
     if truth is not None and truth.suffix != ".npy":
         raise UsageError(
-            f"--truth must be a .npy file that tells of every row, got {truth}; a list of keys tells "
-            "of these rows only: --verified"
+            f"--truth must be a .npy file that tells of every row, got {truth}; for a list of "
+            "keys, which tells of these rows only, there is --verified"
         )
     if verified is not None and keys is None:
         raise UsageError("--verified needs --keys")
     if verified is not None and quality not in (None, "recall"):
-        raise UsageError(f"--quality {quality} needs --truth: --verified says nothing of other rows")
+        raise UsageError(
+            f"--quality {quality} needs --truth: --verified says nothing of other rows"
+        )
     for out in (plot, json):
         if out is not None:
             require_writable(out)
@@ -193,8 +195,7 @@ def _read_tables(paths: list[Path]) -> tuple[list[GenKL], NDArray[np.float32]]:
         columns.append(np.asarray(pq.read_table(path, columns=["critical_alpha"]).column(0)))
         if len(columns[-1]) != len(columns[0]):
             raise ValueError(
-                f"{path} must have {len(columns[0])} rows like {paths[0]}, "
-                f"got {len(columns[-1])}"
+                f"{path} must have {len(columns[0])} rows like {paths[0]}, got {len(columns[-1])}"
             )
     return rules, np.stack(columns)
 

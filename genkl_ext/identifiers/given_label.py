@@ -107,12 +107,12 @@ def dsos_split(
     rows are in-distribution if their score is below the middle of ln 2, that of a sure wrong label,
     and ln 4 - ln(1 + 3/k), that of a uniform prediction. Deterministic.
 
-    The split is meant for k >= 4. With 3 classes a uniform prediction scores ln 2 itself and lies on
-    the border of clean rows, with 2 it scores less and counts as clean. Then a single noisy score
-    is in-distribution.
+    The split is meant for k >= 4. With 3 classes a uniform prediction scores ln 2 itself and lies
+    on the border of clean rows, with 2 it scores less and counts as clean. There a lone noisy
+    score is in-distribution.
 
     Args:
-        predictions, labels, validate: as for :func:`self_confidence`; k at least 4 for a use.
+        predictions, labels, validate: as for :func:`self_confidence`; k >= 4 is of use.
         confidence: the published program relabels what is above 0.9, and softens the label of
             the rest by its posterior of the other component.
         iterations: at most so many of expectation-maximization.

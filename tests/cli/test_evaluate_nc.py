@@ -225,10 +225,56 @@ def test_rows_without_prediction_are_never_flagged(
     assert auroc == pytest.approx(evaluation.auroc(scores, truth()), abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["int", "bool", "float"])
+def test_an_empty_decision_is_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    yes, no = {"int": "10", "bool": ("true", "False"), "float": ("1.0", "0.0")}[kind]
+    # One has no decision, one no score to make it by, one neither.
+    lines = ["key,critical_alpha,nc", f"a,0.9,{yes}", "b,0.5,", f"c,,{yes}", f"d,0.1,{no}", "e,,"]
+    Path("tiny.csv").write_text("\n".join(lines) + "\n")
+    Path("listed.txt").write_text("a\n")
+    run("tiny.csv --verified listed.txt --draws 0 --json f.json", capsys)
+    metrics = json.loads(Path("f.json").read_text())["overall"]["tiny"]["metrics"]
+    assert metrics["flagged"]["value"] == 0.2 and metrics["recall"]["value"] == 1
+
+
+def test_verified_rows_reach_the_identifiers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = np.random.default_rng(2)
+    features = stream.standard_normal((ROWS, 4)) + truth()[:, None]
+    reference = stream.standard_normal((50, 4))
+    classes = np.arange(50) % 5
+    for name, array in (("features", features), ("ref", reference), ("classes", classes)):
+        np.save(f"{name}.npy", array)
+    names = "combined density_ratio knn_distance mahalanobis neighbour_disagreement entropy"
+    run(
+        f"{names} --predictions p0.npy --features features.npy --labels labels.npy --reference "
+        "ref.npy --reference-labels classes.npy --truth truth.npy --draws 0 --json f.json",
+        capsys,
+    )
+    near = {"reference": reference, "reference_labels": classes}
+    predictions = np.load("p0.npy")
+    scores = {
+        "combined": identifiers.combined(predictions, features, **near),
+        "density_ratio": identifiers.density_ratio(features, **near),
+        "knn_distance": identifiers.knn_distance(features, reference=reference),
+        "mahalanobis": identifiers.mahalanobis(features, labels(), **near),
+        "neighbour_disagreement": identifiers.neighbour_disagreement(features, labels(), **near),
+        "entropy": identifiers.entropy(predictions),
+    }
+    facts = json.loads(Path("f.json").read_text())["overall"]
+    assert list(facts) == list(scores)
+    for name, column in scores.items():
+        auroc = facts[name]["metrics"]["auroc"]["value"]
+        assert auroc == pytest.approx(evaluation.auroc(column, truth()), abs=1e-9), name
+
+
 def test_options_reach_the_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(
-        "scores.parquet --truth truth.npy --shares 3 50 --false-positives 10 --draws 20 --seed 4 "
-        "--level 80 --json f.json",
+        "scores.parquet --truth truth.npy --shares 0.03 0.5 --false-positives 0.1 --draws 20 "
+        "--seed 4 --level 0.8 --json f.json",
         capsys,
     )
     facts = json.loads(Path("f.json").read_text())
@@ -296,15 +342,27 @@ def test_keys_listed_twice_are_a_warning(folder: Path) -> None:
         ),
         (
             "scores.parquet --truth truth.npy --predictions p0.npy",
-            "--predictions, --logits and --features are for names of identifiers",
+            "--predictions, --logits, --features and --reference are for names of identifiers",
+        ),
+        (
+            "combined --truth truth.npy --predictions p0.npy --features f.npy",
+            "combined needs --reference with --reference-labels",
+        ),
+        (
+            "entropy --truth truth.npy --predictions p0.npy --reference-labels labels.npy",
+            "--reference-labels needs --reference",
         ),
         ("mine.npy mine.npy --truth truth.npy", "mine.npy is there twice; NAME=FILE names"),
         ("mine.npy --truth truth.npy --plot x.jpg", "--plot must end in .png, .svg, .pdf, got"),
-        ("mine.npy --truth truth.npy --shares 1 0", "--shares must be in % and between 0 and 100"),
-        ("mine.npy --truth truth.npy --level 100", "--level must be in % and between 0 and 100, g"),
+        ("mine.npy --truth truth.npy --shares 0.1 0", "--shares must be a share from 0 to 1, such"),
+        ("mine.npy --truth truth.npy --shares 5", "--shares must be a share from 0 to 1, such as "),
         (
-            "mine.npy --truth truth.npy --false-positives 101",
-            "--false-positives must be in % and between 0 and 100, got 101",
+            "mine.npy --truth truth.npy --level 95",
+            "--level must be a share from 0 to 1, such as 0.",
+        ),
+        (
+            "mine.npy --truth truth.npy --false-positives 5",
+            "--false-positives must be a share from 0 to 1, such as 0.05, got 5",
         ),
         ("mine.npy --truth truth.npy --draws -1", "--draws and --seed must not be negative"),
     ],
@@ -323,12 +381,20 @@ def _make_bad_files() -> None:
     Path("unknown.txt").write_bytes(b"1/001,x.jpg\r\n\r\n9/999,x.jpg\r\n")
     Path("others.txt").write_text("\n".join([*keys()[:-1], "x"]))
     np.save("few.npy", np.arange(3))
+    np.save("all.npy", np.ones(ROWS, int))
+    np.save("rows.npy", np.arange(ROWS))
     Path("text.npy").write_text("0.5\n")
     Path("text.parquet").write_text("0.5\n")
     np.save("short.npy", np.zeros(ROWS - 1))
     np.save("square.npy", np.zeros((ROWS, 2)))
     np.save("words.npy", np.array(["yes", "no"] * (ROWS // 2)))
     np.save("two.npy", np.arange(ROWS) % 3)
+    Path("empty.npy").write_bytes(b"")
+    Path("blank.txt").write_text("\r\n")
+    np.save("pickled.npy", np.array([{}] * ROWS, object))
+    np.save("fields.npy", np.array([("x", True)] * ROWS, [("text", "U1"), ("flag", "?")]))
+    score = pa.array(np.zeros(ROWS))
+    pq.write_table(pa.table({"critical_alpha": score, "nc": ["no"] * ROWS}), "said.parquet")
     value = pa.array(np.zeros(ROWS))
     pq.write_table(pa.table({"a": value, "b": value}), "two.parquet")
     pq.write_table(pa.table({"key": keys()[::-1], "a": value}), "reversed.parquet")
@@ -347,6 +413,24 @@ def _make_bad_files() -> None:
         ("mine.npy:a --truth truth.npy", "mine.npy has no columns, got 'a'"),
         ("entropi --truth truth.npy", "identifiers.get: no identifier 'entropi'; did you mean"),
         ("text.npy --truth truth.npy", "text.npy is not a .npy file of numbers"),
+        ("empty.npy --truth truth.npy", "empty.npy is not a .npy file of numbers"),
+        ("pickled.npy --truth truth.npy", "pickled.npy is not a .npy file of numbers"),
+        ("mine.npy --truth empty.npy", "empty.npy is not a .npy file of numbers"),
+        ("fields.npy:text --truth truth.npy", "fields.npy: column text must be numbers, got <U1"),
+        ("fields.npy:flag --truth truth.npy", "fields.npy: column flag must be numbers, got bool"),
+        (
+            "said.parquet --truth truth.npy",
+            "said.parquet:nc must be 0, 1, true, false or empty, got 'no' in row 0\n",
+        ),
+        (
+            "mine.npy --truth all.npy",
+            "all.npy must have both 0 and 1, got 200 of 200 rows positive",
+        ),
+        ("scores.parquet --verified blank.txt", "blank.txt must list a key at least, got none"),
+        (
+            "mine.npy --truth truth.npy --manifest manifest.parquet --labels rows.npy",
+            "rows.npy must be below 5, the manifest's number of classes, got 199 in row 199",
+        ),
         ("text.parquet --truth truth.npy", "text.parquet is no parquet table: "),
         ("keys.txt --truth truth.npy", "a source must be a .npy, .parquet, .csv or .tsv file"),
         ("square.npy --truth truth.npy", "square.npy must have shape (N,), got (200, 2)"),
@@ -423,7 +507,7 @@ def test_a_failure_is_one_line_and_leaves_nothing(
     assert main(["evaluate-nc", "--draws", "0", *words.split()]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert err.removeprefix("genkl evaluate-nc: ").removeprefix("evaluate: ").startswith(line), err
+    assert err.startswith(f"genkl evaluate-nc: {line}"), err
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
 
 

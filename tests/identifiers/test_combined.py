@@ -234,6 +234,19 @@ class TestLeastNcShare:
         assert isinstance(found, float)
         assert found == pytest.approx(share, abs=0.08)
 
+    def test_labels_as_a_list_and_wrong_ones(self) -> None:
+        x, reference, labels = drawn(60, 60)
+        listed = {"reference": reference, "reference_labels": labels.tolist()}
+        expected = {"reference": reference, "reference_labels": labels}
+        assert least_nc_share(x, **listed) == least_nc_share(x, **expected)
+        np.testing.assert_array_equal(density_ratio(x, **listed), density_ratio(x, **expected))
+        for bad, error, came in (
+            (labels[:-1], ValueError, r"shape \(60,\), got \(59,\)"),
+            (None, TypeError, r"\(N,\) integers, got None"),
+        ):
+            with pytest.raises(error, match=f"^least_nc_share: reference_labels must .*{came}"):
+                least_nc_share(x, reference=reference, reference_labels=bad)
+
     def test_verified_rows_from_elsewhere(self) -> None:
         x, reference, labels = drawn(500, 500)
         elsewhere = reference + 5 * np.float32([0, 0, 1, 0, 0, 0])

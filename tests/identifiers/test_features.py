@@ -230,3 +230,12 @@ class TestMahalanobis:
         with pytest.raises(ValueError, match="^mahalanobis: shrinkage must be from 0 to 1, got 2"):
             identifiers.mahalanobis(x, labels, shrinkage=2)
         assert identifiers.mahalanobis(x[:0], labels[:0]).shape == (0,)
+
+
+def test_labels_may_be_a_list() -> None:
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((30, 4)), rng.integers(0, 3, 30)
+    for features in (x, torch.from_numpy(x)):
+        for function in (identifiers.mahalanobis, identifiers.neighbour_disagreement):
+            given = function(features, labels.tolist())
+            np.testing.assert_array_equal(given, function(x, labels))

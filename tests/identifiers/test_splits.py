@@ -77,6 +77,26 @@ class TestDsos:
         assert clean.clean.all()
         assert not clean.out_of_distribution.any()
 
+    def test_a_lone_score_is_compared_with_the_middle(self) -> None:
+        # One noisy row has no mixture: a uniform prediction fits no class, a sure one another.
+        sure, undecided = np.eye(10, dtype=np.float32), np.full((1, 10), 0.1, np.float32)
+        for row, inside in ((sure[:1], True), (undecided, False)):
+            q = np.concatenate([row, sure])
+            split = identifiers.dsos_split(q, np.array([1, *range(10)]))
+            assert not split.clean[0] and split.clean[1:].all()
+            assert split.in_distribution[0] == inside
+            assert split.out_of_distribution[0] != inside
+        of_two = identifiers.dsos_split(np.eye(2, dtype=np.float32), np.array([1, 1]))
+        assert of_two.in_distribution.tolist() == [True, False]
+
+    @pytest.mark.parametrize(("classes", "clean"), [(2, True), (4, False), (10, False)])
+    def test_a_uniform_prediction(self, classes: int, clean: bool) -> None:
+        uniform = np.full((1, classes), 1 / classes)
+        split = identifiers.dsos_split(uniform, np.zeros(1, int))
+        assert split.clean[0] == clean
+        expected = math.log(4) - math.log(1 + 3 / classes)
+        assert split.score[0] == pytest.approx(expected, rel=1e-6)
+
     def test_the_mixture_recovers_what_it_was_drawn_from(self) -> None:
         rng = np.random.default_rng(1)
         low, high = scipy.stats.beta(2, 12), scipy.stats.beta(10, 3)
