@@ -9,6 +9,7 @@ This page imports next to nothing: ``genkl --help`` answers before NumPy would b
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -59,6 +60,11 @@ options:
 example:
   {example}
 """
+# The function that an error names first; the command, which says more to its user, stands there.
+_LIBRARY = re.compile(
+    r"\A(?:(?:apply|calibrate|demo|evaluate|find|finetune|make_example|predict|relabel|report|run|"
+    r"scan|score|sweep|train): )+"
+)
 _EXAMPLES = {
     "": "genkl score predictions.npy --preset clothing1m -o scores.parquet",
     "data": "genkl data info /data/clothing1m",
@@ -95,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = _describe(error)
-        function = name.split()[-1].replace("-", "_")
-        _say(f"{name}: {text.removeprefix(function + ': ')}")
+        _say(f"{name}: {_LIBRARY.sub('', text)}")
         return 1
 
 

@@ -141,7 +141,7 @@ class BatchScorer:
         columns, there = self._score(parts)
         kept = {name: batch[name] for name in self._kept(list(batch))}
         if there is not None:
-            kept = {name: np.asarray(values)[there] for name, values in kept.items()}
+            kept = {name: _array(values)[there] for name, values in kept.items()}
         return {**kept, **columns}
 
     def _of_arrow(self, batch: Any) -> Any:
@@ -234,11 +234,7 @@ def _from_values(
     values: Any, name: str, num_classes: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """(n, k) floats, and the rows that are null, from an array of numbers or of arrays."""
-    try:
-        array = np.asarray(values)
-    except ValueError:  # rows of several lengths, or of nulls and numbers
-        array = np.empty(len(values), object)
-        array[:] = list(values)
+    array = _array(values)
     nulls = np.empty(0, np.int64)
     if array.dtype == object and array.ndim:
         rows = [_one(value, name, i) for i, value in enumerate(array)]
@@ -257,6 +253,15 @@ def _from_values(
     if array.shape == (0,):  # a batch of no rows says nothing of their shape
         array = np.empty((0, num_classes), np.float32)
     return _floats(array, name, num_classes), nulls
+
+
+def _array(values: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:  # a list of rows of several lengths, or of nulls and rows
+        array = np.empty(len(values), object)
+        array[:] = list(values)
+        return array
 
 
 def _one(value: Any, name: str, at: int) -> NDArray[Any] | None:

@@ -29,7 +29,7 @@ from ..files import atomic_write, remove_leftovers_of, require_writable
 from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
-from .chunks import OnBadRow, score_rows
+from .chunks import OnBadRow, empty_rows, score_rows
 from .keys import BLOCK_ROWS, Keys, write_nc_list
 from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
@@ -504,9 +504,7 @@ def rows_without_prediction(
             step = max(1, chunk_bytes * len(missing) // max(1, file.nbytes))
             for start in range(0, len(missing), step):
                 rows = file.rows(start, min(start + step, len(missing)))
-                # Nearly every row is cleared by its first entry.
-                begins_so = np.flatnonzero(np.isnan(rows[:, :1]).any(axis=1))
-                missing[start + begins_so[np.isnan(rows[begins_so]).all(axis=1)]] = True
+                missing[start : start + len(rows)] |= empty_rows([rows])
     return missing
 
 

@@ -194,6 +194,90 @@ def test_null_rows() -> None:
     check({n: got[n][good] for n in got}, np.array([wide[i] for i in good]))
 
 
+def test_tensors_with_nulls() -> None:
+    q = rows(6)
+    values = [list(map(float, row)) for row in q]
+    storage = pa.array(
+        [None if i in (0, 3) else v for i, v in enumerate(values)], pa.list_(pa.float32(), K)
+    )
+    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), [K]), storage)
+    scorer = gk.BatchScorer(RULE, on_bad_row="skip", keep="key")
+    table = pa.table({"probs": column, "key": np.arange(6)})
+    for batch, good in ((table, [1, 2, 4, 5]), (table.slice(2), [2, 4, 5])):
+        got = scorer(batch)
+        assert got.column_names == ["key", *LEFT_OUT]
+        assert got["key"].to_pylist() == good
+        check(got, q[good])
+    square = pa.fixed_shape_tensor(pa.float32(), [1, K])
+    with pytest.raises(ValueError, match=r"5 numbers in each row, got shape \(1, 5\)"):
+        SCORER(pa.table({"probs": pa.ExtensionArray.from_storage(square, lists(q, "fixed"))}))
+
+
+def test_null_values() -> None:
+    """None, NaN or NA for a row, or None within one; rows of Python numbers."""
+    q = rows(7, "float64")
+    values = [list(map(float, row)) for row in q]
+    values[1], values[2], values[3] = None, np.nan, pd.NA
+    values[5] = [None, *values[5][1:]]
+    good = [0, 4, 6]
+    scorer = gk.BatchScorer(RULE, on_bad_row="skip")
+    frame = pd.DataFrame({"probs": pd.Series(values, dtype=object), "key": np.arange(7)})
+    for batch in (frame, {"probs": values, "key": np.arange(7)}):
+        got = scorer(batch)
+        assert np.asarray(got["key"]).tolist() == good
+        check(got, q[good])
+    objects = q.astype(object)
+    objects[2, 1] = None
+    check(scorer({"probs": objects}), q[[0, 1, 3, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_byte_order(order: str) -> None:
+    check(SCORER({"probs": rows(9).astype(f"{order}f4")}), rows(9))
+
+
+def test_columns_of_several_models() -> None:
+    scorer = gk.BatchScorer(RULE, column=("a", "b"), on_bad_row="nan")
+    with pytest.raises(TypeError, match="column b must hold float32 like a, got float64"):
+        scorer({"a": rows(3), "b": rows(3, "float64")})
+    with pytest.raises(ValueError, match="column b must have as many rows as a, 3, got 2"):
+        scorer({"a": rows(3), "b": rows(2)})
+    # A column of nulls only has no dtype of its own.
+    got = scorer({"a": np.array([None, None]), "b": rows(2, "float64")})
+    assert np.isnan(got["critical_alpha"]).all()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "text",
+        5,
+        1.5,
+        b"x",
+        [1, 0, 0, 0, 0],
+        ["a"] * K,
+        [[0.2], [1.0, 2.0]],
+        np.array([1, 0, 0, 0, 0]),
+        [True] * K,
+        {"a": 1},
+    ],
+)
+def test_values_that_are_no_numbers_are_not_null(value: Any) -> None:
+    objects = np.empty(3, object)
+    objects[:] = [np.full(K, 1 / K), None, value]
+    scorer = gk.BatchScorer(RULE, on_bad_row="skip")
+    for batch in ({"probs": objects}, pd.DataFrame({"probs": objects})):
+        with pytest.raises(TypeError, match="column probs must hold rows of float16.* at row 2 of"):
+            scorer(batch)
+
+
+@pytest.mark.parametrize("values", [[[1, 0, 0, 0, 0]], [[1, 0, 0, 0, 0], [None] * 5]])
+def test_lists_of_integers(values: list[Any]) -> None:
+    table = pa.table({"probs": pa.array(values, pa.list_(pa.int64()))})
+    with pytest.raises(TypeError, match="must hold float16, float32, float64, got int64"):
+        gk.BatchScorer(RULE, on_bad_row="nan")(table)
+
+
 @pytest.mark.parametrize(
     ("batch", "kind", "message"),
     [
@@ -223,8 +307,15 @@ def test_wrong_settings() -> None:
         gk.BatchScorer(RULE, on_bad_row="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one column"):
         gk.BatchScorer(RULE, column=())
-    with pytest.raises(ValueError, match="column key must be in the batch"):
-        gk.BatchScorer(RULE, keep=("key",))({"probs": rows(1)})
+    for keep in ("key", ("key",)):
+        with pytest.raises(ValueError, match="column key must be in the batch"):
+            gk.BatchScorer(RULE, keep=keep)({"probs": rows(1), "k": [1], "e": [1], "y": [1]})
+    for name in ("column", "keep"):
+        for value in (5, ("a", 5), {"a"}):
+            with pytest.raises(TypeError, match=f"{name} must be the name of a column, or names"):
+                gk.BatchScorer(RULE, **{name: value})
+    with pytest.raises(TypeError, match="column must be the name of a column, or names, got None"):
+        gk.BatchScorer(RULE, column=None)  # type: ignore[arg-type]
 
 
 def test_a_worker_needs_numpy_only() -> None:

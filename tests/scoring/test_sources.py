@@ -6,7 +6,11 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,8 @@ from safetensors.numpy import save_file
 
 import genkl_ext as gk
 from genkl_ext.scoring import sources
+from genkl_ext.scoring.chunks import empty_rows, score_rows
 from genkl_ext.scoring.sources import (
-    Source,
     natural,
     open_models,
     open_shards,
@@ -31,6 +35,7 @@ from genkl_ext.scoring.sources import (
 )
 
 K = 6
+RULE = gk.GenKL(num_classes=K, alpha=0.9, beta=0.1, sigma=0.1)
 Write = Callable[[Path, np.ndarray], Any]
 
 
@@ -101,6 +106,13 @@ def write_arrow(path: Path, q: np.ndarray) -> dict[str, Any]:
     return {"path": path.with_suffix(".arrow")}
 
 
+def write_tensors(path: Path, q: np.ndarray) -> dict[str, Any]:
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(q.dtype), [K])
+    table = pa.table({"probs": pa.ExtensionArray.from_storage(kind, fixed(q))})
+    pq.write_table(table, path.with_suffix(".parquet"), row_group_size=16)
+    return {"path": path.with_suffix(".parquet")}
+
+
 def write_zarr(path: Path, q: np.ndarray) -> dict[str, Any]:
     zarr = pytest.importorskip("zarr")
     array = zarr.create_array(str(path.with_suffix(".zarr")), data=q, chunks=(8, K))
@@ -108,9 +120,14 @@ def write_zarr(path: Path, q: np.ndarray) -> dict[str, Any]:
     return {"path": path.with_suffix(".zarr")}
 
 
+def write_zarr_big_endian(path: Path, q: np.ndarray) -> dict[str, Any]:
+    return write_zarr(path, q.astype(q.dtype.newbyteorder(">")))
+
+
 KINDS: list[Write] = [
     write_npy, write_fortran, write_big_endian, write_npz, write_compressed, write_safetensors,
-    write_raw, write_parquet, write_lists, write_columns, write_arrow, write_zarr,
+    write_raw, write_parquet, write_lists, write_columns, write_arrow, write_tensors, write_zarr,
+    write_zarr_big_endian,
 ]  # fmt: skip
 
 
@@ -132,15 +149,27 @@ def test_every_kind(tmp_path: Path, write: Write, dtype: str) -> None:
         ]:
             got = source.rows(start, stop)
             assert got.dtype == np.dtype(dtype) and got.shape == (stop - start, K)
-            assert got.dtype.isnative
+            # The kernel asks for "f", not "<f", which is the same to NumPy.
+            assert memoryview(got).format == memoryview(np.empty(0, dtype)).format
             np.testing.assert_array_equal(got, q[start:stop])
         source.check_unchanged()
+        expected = RULE.score(q).critical_alpha
+        np.testing.assert_array_equal(RULE.score(source.rows(0, 53)).critical_alpha, expected)
         (print_,) = source.fingerprints()
         assert print_.shape == q.shape and print_.dtype == dtype
     other = tmp_path / "other"
     other.mkdir()
     with open_source(**write(other / "p", rows(dtype=dtype, seed=1))) as changed:
         assert changed.fingerprints()[0].sample != print_.sample
+
+
+@pytest.mark.parametrize("write", KINDS, ids=lambda write: write.__name__[6:])
+def test_every_kind_is_scored(tmp_path: Path, write: Write) -> None:
+    about = write(tmp_path / "p", rows())
+    raw = about.pop("raw", (None,))[0]
+    got = gk.score_files(about.pop("path"), RULE, raw=raw, chunk_bytes=300, **about).scores
+    for name in ("critical_alpha", "votes", "nc", "top_class"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(RULE.score(rows()), name))
 
 
 @pytest.mark.parametrize("write", [w for w in KINDS if w is not write_lists], ids=str)
@@ -162,6 +191,42 @@ def test_bfloat16(tmp_path: Path) -> None:
     got = gk.score_files(tmp_path / "q.safetensors", rule, chunk_bytes=700).scores
     np.testing.assert_array_equal(got.critical_alpha, expected.critical_alpha.numpy())
     np.testing.assert_array_equal(got.nc, expected.nc.numpy())
+
+
+def test_bfloat16_bad_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_tensors
+
+    q = torch.from_numpy(rows(40)).bfloat16()
+    q[3] = torch.nan
+    q[7, 2] = torch.inf
+    q[11] *= 1.1  # beyond the tolerance of 16 bits
+    q[12] *= 1.01  # within
+    path = tmp_path / "q.safetensors"
+    save_tensors({"q": q}, path)
+    with pytest.raises(ValueError, match="got nan at row 3"):
+        gk.score_files(path, RULE)
+    got = gk.score_files(path, RULE, on_bad_row="nan", chunk_bytes=100)
+    assert got.bad_rows.tolist() == [3, 7, 11]
+    good = np.setdiff1d(np.arange(40), got.bad_rows)
+    expected = RULE.score(q[torch.from_numpy(good)]).critical_alpha
+    np.testing.assert_array_equal(got.scores.critical_alpha[good], expected.numpy())
+    missing = np.isin(np.arange(40), [3, 7, 11])
+    got = gk.score_files(path, RULE, leave_out=missing)
+    assert np.flatnonzero(got.scores.top_class == -1).tolist() == [3, 7, 11]
+    with open_source(path) as source:
+        piece = source.rows(0, 40)
+        assert np.flatnonzero(empty_rows([piece, piece])).tolist() == [3]
+        score_rows([piece], RULE, on_bad_row="nan", missing=np.array([0, 3]))
+        assert torch.isnan(piece[3]).all() and torch.equal(piece[0], q[0])  # not written to
+
+
+def test_empty_rows() -> None:
+    a, b = rows(30), rows(30, "float16")
+    a[4] = a[9, 0] = b[20] = np.nan
+    a[5, :-1] = np.nan
+    assert np.flatnonzero(empty_rows([a])).tolist() == [4]
+    assert np.flatnonzero(empty_rows([a, b])).tolist() == [4, 20]
 
 
 @pytest.mark.parametrize("write", [write_npy, write_fortran, write_parquet, write_compressed])
@@ -187,6 +252,116 @@ def test_shards(tmp_path: Path, write: Write) -> None:
         np.testing.assert_array_equal(source.rows(0, 100), q)
     got = gk.score_files(listed, rule, one_model=True)
     np.testing.assert_array_equal(got.scores.votes, rule.score(q).votes)
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    """In another process, which may have 100 files open: npy, Parquet (two each), compressed."""
+    q = rows(600)
+    for write in (write_npy, write_parquet, write_compressed):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        for i in range(200):
+            write(folder / f"p-{i}", q[3 * i : 3 * i + 3])
+    np.save(tmp_path / "expected.npy", RULE.score([q, q, q]).critical_alpha)
+    program = """
+import resource, sys
+import numpy as np
+import genkl_ext as gk
+from genkl_ext.scoring import sources
+sources.OPEN_SHARDS = 16
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+rule = gk.GenKL(num_classes=6, alpha=0.9, beta=0.1, sigma=0.1)
+folders = [sys.argv[1] + "/write_" + name for name in ("npy", "parquet", "compressed")]
+got = gk.score_files(folders, rule, chunk_bytes=2000)
+assert len(got.inputs) == 600 and not sources._last_used
+assert (got.scores.critical_alpha == np.load(sys.argv[1] + "/expected.npy")).all()
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("write", [write_npy, write_parquet, write_compressed])
+def test_shards_read_by_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
+    """With fewer open shards than threads: none is closed while it is read."""
+    monkeypatch.setattr(sources, "OPEN_SHARDS", 2)
+    q = rows(200)
+    for i in range(20):
+        write(tmp_path / f"p-{i}", q[10 * i : 10 * i + 10])
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(15):
+            start, stop = np.sort(rng.integers(0, 200, 2))
+            np.testing.assert_array_equal(source.rows(start, stop), q[start:stop])
+
+    with open_source(tmp_path) as source, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(read, seed) for seed in range(16)]:
+            done.result()
+        assert sum(shard._source is not None for shard in source._shards) <= 2  # type: ignore[attr-defined]
+
+
+def test_shards_that_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "OPEN_SHARDS", 1)
+    for i in range(3):
+        write_npy(tmp_path / f"p-{i}", rows(5))
+    with open_source(tmp_path) as source:
+        source.rows(0, 15)
+        source.check_unchanged()
+        first = source.fingerprints()
+        os.utime(tmp_path / "p-0.npy", ns=(1, 1))
+        with pytest.raises(ValueError, match=r"p-0\.npy was changed while it was read"):
+            source.check_unchanged()
+        with pytest.raises(ValueError, match=r"p-0\.npy was changed while it was read"):
+            source.rows(0, 5)
+        assert source.fingerprints() == first
+        np.testing.assert_array_equal(source.rows(5, 15), np.tile(rows(5), (2, 1)))
+
+
+def test_rows_of_many_tables_are_not_kept(tmp_path: Path) -> None:
+    for i in range(5):
+        write_parquet(tmp_path / f"p-{i}", rows(10))
+    with open_source(tmp_path) as source:
+        source.rows(0, 50)
+        assert all(shard._source._group is None for shard in source._shards)  # type: ignore[attr-defined]
+
+
+def test_shards_without_a_row(tmp_path: Path) -> None:
+    """Lists of any length: which, the other shards say."""
+    q = rows(20)
+    for i, values in enumerate(([], q[:5], [None, None], [], q[5:])):
+        probs = pa.array([None if v is None else list(v) for v in values], pa.list_(pa.float32()))
+        pq.write_table(pa.table({"probs": probs}), tmp_path / f"p-{i}.parquet")
+    with open_source(tmp_path) as source:
+        assert source.shape == (22, K)
+        wanted = np.concatenate([q[:5], np.full((2, K), np.nan), q[5:]])
+        np.testing.assert_array_equal(source.rows(0, 22), wanted)
+        np.testing.assert_array_equal(source.rows(6, 8), wanted[6:8])
+        assert source.fingerprints()[0].shape == (0, K)
+    assert gk.score_files(tmp_path, RULE, on_bad_row="nan").bad_rows.tolist() == [5, 6]
+    for one in (tmp_path / "p-0.parquet", tmp_path / "p-[023].parquet"):
+        with pytest.raises(ValueError, match=r"has no row that says how many numbers"):
+            open_source(one)
+
+
+def test_hidden_files_are_no_shards(tmp_path: Path) -> None:
+    write_npy(tmp_path / "p-0", rows())
+    for name in (".p-1.abc.partial.npy", "._p-0.npy"):
+        (tmp_path / name).write_bytes(b"half")
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"memory://{tmp_path.name}/{path.name}", path.read_bytes())
+    for name in (tmp_path, tmp_path / "*.npy", f"memory://{tmp_path.name}"):
+        with open_source(name) as source:
+            assert source.shape == (53, K)
+
+
+def test_natural_order() -> None:
+    wanted = ["1²2", "12", "p", "p-01", "p-1", "p-1-b", "p-2", "p-10", "p²", "٣"]
+    for seed in range(20):
+        names = np.random.default_rng(seed).permutation(wanted).tolist()
+        assert sorted(names, key=natural) == wanted
 
 
 def test_models_need_not_be_split_alike(tmp_path: Path) -> None:
@@ -236,9 +411,20 @@ def tensors(header: Any, content: bytes = b"", length: int | None = None) -> byt
     return struct.pack("<Q", len(text) if length is None else length) + text + content
 
 
-def npy(**header: Any) -> bytes:
-    text = repr({"descr": "<f4", "fortran_order": False, "shape": (2, 3), **header}).encode()
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def npy(**about: Any) -> bytes:
+    return header(repr({"descr": "<f4", "fortran_order": False, "shape": (2, 3), **about}))
+
+
+def npz(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +438,13 @@ def npy(**header: Any) -> bytes:
         ("a.npy", npy(descr="|O") + bytes(24), "pickled Python objects, which are not read"),
         ("a.npy", npy(descr="<i4") + bytes(24), "must hold float16, .* got int32"),
         ("a.npy", npy(shape=(6,)) + bytes(24), r"must have shape \(N, k\), got \(6,\)"),
+        ("a.npy", npy(shape=(True, 6)) + bytes(24), "is not a .npy file of numbers"),
+        ("a.npy", npy(shape=(-2, -3)) + bytes(24), "is not a .npy file of numbers"),
+        ("a.npy", header("-" * 9000 + "1"), "is not a .npy file of numbers"),
+        ("a.npy", header("(" * 5000), "is not a .npy file of numbers"),
+        ("a.npy", header("1" + "+1" * 4000), "is not a .npy file of numbers"),
         ("a.npz", b"no archive", "is not a .npz file"),
+        ("a.npz", npz(a=b"no array"), "a.npy is not a .npy file of numbers"),
         ("a.safetensors", b"\xff" * 8 + bytes(100), "its header would have"),
         ("a.safetensors", bytes(4), "is not a safetensors file"),
         ("a.safetensors", tensors(b"{" * 50), "is not a safetensors file"),
@@ -273,6 +465,19 @@ def npy(**header: Any) -> bytes:
             tensors({"q": {"dtype": "I32", "shape": [2, 3], "data_offsets": [0, 24]}}, bytes(24)),
             "got I32",
         ),
+        *(
+            ("a.safetensors", tensors(text.encode(), bytes(24)), "is not a safetensors file: ")
+            for text in (
+                '{"q": {"dtype": "F32", "shape": [Infinity, 3], "data_offsets": [0, 24]}}',
+                '{"q": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 1e400]}}',
+                '{"q": {"dtype": "F32", "shape": [1.5, 4], "data_offsets": [0, 24]}}',
+                '{"q": {"dtype": "F32", "shape": "23", "data_offsets": [0, 24]}}',
+                '{"q": {"dtype": "F32", "shape": [true, 6], "data_offsets": [0, 24]}}',
+                '{"q": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24, 3]}}',
+                '{"q": {"dtype": [], "shape": [2, 3], "data_offsets": [0, 24]}}',
+                '{"q": 5}',
+            )
+        ),
         ("a.safetensors", tensors({}), "holds none: column must say which"),
         ("a.parquet", b"PAR1 no table", "is not Parquet or is damaged"),
         ("a.arrow", b"no table at all", "is not Arrow or is damaged"),
@@ -287,7 +492,7 @@ def test_files_that_are_none(tmp_path: Path, name: str, content: bytes, message:
 
 def test_which_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", a=rows(), b=rows())
-    with pytest.raises(ValueError, match=r"p\.npz holds a, b: column must say which"):
+    with pytest.raises(ValueError, match=r"^score: \S*p\.npz holds a, b: column must say which"):
         open_source(tmp_path / "p.npz")
     with pytest.raises(ValueError, match=r"p\.npz holds a, b: it must have 'c'"):
         open_source(tmp_path / "p.npz", column="c")
@@ -296,25 +501,117 @@ def test_which_array(tmp_path: Path) -> None:
         open_source(about["path"], column="q")
     with open_source(about["path"], column=["p3", "p1"]) as source:
         np.testing.assert_array_equal(source.rows(0, 53), rows()[:, [3, 1]])
+    with pytest.raises(ValueError, match="column must name columns once, got 'p3' again"):
+        open_source(about["path"], column=["p3", "p1", "p3"])
+    twice = pa.table([rows()[:, 0], rows()[:, 1]], names=["p", "p"])
+    pq.write_table(twice, tmp_path / "t.parquet")
+    for column in (None, "p"):
+        with pytest.raises(ValueError, match=r"t\.parquet has more than one column 'p'"):
+            open_source(tmp_path / "t.parquet", column=column)
+    inner = pa.table({"p": pa.array([{"q": 1.0}]), "p.q": pa.array([0.5])})
+    pq.write_table(inner, tmp_path / "i.parquet")
+    with open_source(tmp_path / "i.parquet", column=["p.q"]) as source:
+        np.testing.assert_array_equal(source.rows(0, 1), [[0.5]])
     with pytest.raises(ValueError, match="rows of 6 float32 take 24 bytes, the file has 25"):
         (tmp_path / "a.raw").write_bytes(bytes(25))
         open_source(tmp_path / "a.raw", raw=("float32", 6))
 
 
-def test_gaps_in_a_table(tmp_path: Path) -> None:
-    def table(values: list[Any]) -> Source:
-        probs = pa.array(values, pa.list_(pa.float32()))
-        pq.write_table(pa.table({"probs": probs}), tmp_path / "p.parquet", row_group_size=2)
-        return open_source(tmp_path / "p.parquet")
-
-    half = [0.5, 0.5]
-    for values, message in (
-        ([half, half, half, None], "column probs is null at row 3"),
-        ([half, half, [None, 1.0], half], "column probs is null at row 2"),
-        ([half, half, half, [0.2] * 5], "must hold 2 numbers, got 5 at row 3"),
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_nulls_are_nan(tmp_path: Path, kind: str, dtype: str) -> None:
+    """Of rows and of numbers, in lists of either sort and in columns; the first row, too."""
+    number = pa.from_numpy_dtype(np.dtype(dtype))
+    path = tmp_path / f"p.{kind}"
+    values: list[Any] = [list(row) for row in rows(9, dtype)]
+    values[0] = values[5] = None
+    values[3] = [None, *values[3][1:]]
+    wanted = np.array([v or [None] * K for v in values], dtype)
+    assert np.isnan(wanted).any(axis=1).sum() == 3
+    columns = {f"p{c}": pa.array(wanted[:, c], number, from_pandas=True) for c in range(K)}
+    assert columns["p0"].null_count == 3
+    for table in (
+        pa.table({"q": pa.array(values, pa.list_(number))}),
+        pa.table({"q": pa.array(values, pa.list_(number, K))}),
+        pa.table({"q": pa.array(values, pa.large_list(number))}),
+        pa.table(columns),
     ):
-        with table(values) as source, pytest.raises(ValueError, match=message):
-            source.rows(0, 4)
+        if kind == "parquet":
+            pq.write_table(table, path, row_group_size=1)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table, max_chunksize=4)
+        with open_source(path) as source:
+            assert source.shape == (9, K)
+            got = source.rows(0, 9)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, wanted)
+        with pytest.raises(ValueError, match=r"must be finite and not negative, got nan at row 0"):
+            gk.score_files(path, RULE)
+        for on_bad_row in ("nan", "skip"):
+            got = gk.score_files(path, RULE, on_bad_row=on_bad_row, chunk_bytes=100)
+            assert got.bad_rows.tolist() == [0, 3, 5]
+
+
+def test_lists_of_another_length(tmp_path: Path) -> None:
+    half = [0.5, 0.5]
+    probs = pa.array([half, None, half, half, [0.2] * 5], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"probs": probs}), tmp_path / "p.parquet", row_group_size=3)
+    message = r"p\.parquet: column probs must hold 2 numbers, got 5 at row 4"
+    with open_source(tmp_path / "p.parquet") as source:
+        assert source.rows(0, 3).shape == (3, 2)
+        with pytest.raises(ValueError, match=message):
+            source.rows(3, 5)
+    pq.write_table(pa.table({"probs": pa.array([[]], probs.type)}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="column probs holds empty lists"):
+        open_source(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("bad", [-(2**31), -1, 10**6, 2**31 - 1])
+def test_offsets_out_of_an_arrow_file(tmp_path: Path, bad: int) -> None:
+    """Where a list begins is a place in memory. Nobody goes there who has not checked it."""
+    q = rows(9)
+    buffer = io.BytesIO()
+    table = pa.table({"q": pa.array([list(row) for row in q], pa.list_(pa.float32()))})
+    with pa.ipc.new_file(buffer, table.schema) as writer:
+        writer.write_table(table)
+    content = buffer.getvalue()
+    offsets = struct.pack("<10i", *range(0, 10 * K, K))
+    at = content.index(offsets)
+    for i in range(10):
+        broken = bytearray(content)
+        struct.pack_into("<i", broken, at + 4 * i, bad)
+        (tmp_path / "p.arrow").write_bytes(broken)
+        message = r"p\.arrow (is damaged|is not Arrow or is damaged): "
+        with (
+            pytest.raises((OSError, ValueError), match=message),
+            open_source(tmp_path / "p.arrow") as source,
+        ):
+            source.rows(0, 9)
+
+
+def test_damaged_zarr(tmp_path: Path) -> None:
+    path = write_zarr(tmp_path / "p", rows())["path"]
+    (chunk,) = (path / "c" / "2").iterdir()
+    chunk.write_bytes(b"xx")
+    with open_source(path) as source:
+        np.testing.assert_array_equal(source.rows(0, 16), rows()[:16])
+        with pytest.raises(OSError, match=r"^score: .*p\.zarr is damaged: "):
+            source.rows(16, 18)
+    (path / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^score: .*p\.zarr is not Zarr or is damaged: "):
+        open_source(path)
+    with pytest.raises(FileNotFoundError, match=r"^score: .*none\.zarr does not exist"):
+        open_source(tmp_path / "none.zarr")
+
+
+def test_urls_of_no_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("foo://x/p.npy", "foo://x/p.zarr", "foo://x/*.npy"):
+        with pytest.raises(ValueError, match=r"^score: foo://x/.* cannot be read: .*foo"):
+            open_source(name)
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # not installed
+    with pytest.raises(ImportError, match=r"^score: s3://x/p\.npy cannot be read: .*s3fs"):
+        open_source("s3://x/p.npy")
 
 
 def test_changed_while_read(tmp_path: Path) -> None:
@@ -358,6 +655,7 @@ HEADERS = {
     ),
     "parquet": lambda q: parquet_of(q),
     "arrow": lambda q: arrow_of(q),
+    "lists.arrow": lambda q: arrow_of(q, lists=True),
 }
 
 
@@ -379,9 +677,9 @@ def parquet_of(q: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def arrow_of(q: np.ndarray) -> bytes:
+def arrow_of(q: np.ndarray, lists: bool = False) -> bytes:
     buffer = io.BytesIO()
-    table = pa.table({"q": fixed(q)})
+    table = pa.table({"q": pa.array(list(q), pa.list_(pa.float32())) if lists else fixed(q)})
     with pa.ipc.new_file(buffer, table.schema) as writer:
         writer.write_table(table)
     return buffer.getvalue()
