@@ -62,8 +62,8 @@ example:
 """
 # The function that an error names first; the command, which says more to its user, stands there.
 _LIBRARY = re.compile(
-    r"\A(?:(?:apply|calibrate|demo|evaluate|find|finetune|make_example|predict|relabel|report|run|"
-    r"scan|score|sweep|train): )+"
+    r"\A(?:(?:apply|calibrate|demo|evaluate|find|finetune|info|make_example|plot|predict|relabel|"
+    r"report|run|scan|score|sweep|train): )+"
 )
 _EXAMPLES = {
     "": "genkl score predictions.npy --preset clothing1m -o scores.parquet",

@@ -465,7 +465,7 @@ def _make_bad_files() -> None:
         ),
         (
             "short.npy --truth short.npy --keys keys.txt",
-            "score: keys.txt must have one key for each of 199 rows, got 200 lines",
+            "keys.txt must have one key for each of 199 rows, got 200 lines",
         ),
         (
             "scores.parquet reversed.parquet --truth truth.npy",

@@ -130,7 +130,7 @@ def raiser(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (ValueError("score: a.npy\nis  bad"), 1, "genkl info: score: a.npy is bad\n"),
+        (ValueError("score: a.npy\nis  bad"), 1, "genkl info: a.npy is bad\n"),
         (ValueError("info: it is bad"), 1, "genkl info: it is bad\n"),
         (FileNotFoundError("no a.npy"), 1, "genkl info: no a.npy\n"),
         (KeyError("k"), 1, "genkl info: KeyError: 'k' (--debug shows the traceback)\n"),
