@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import mmap
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -152,9 +152,7 @@ class _OnDisk:
     def __init__(self, file: Unfinished, rows: int, batch_rows: int) -> None:
         self._file = file
         self.todo, self.resumed, self.noted = file.todo, file.resumed, file.noted
-        with open(file.partial, "rb") as partial:
-            # Once removed, the file is there as long as it is mapped.
-            content = mmap.mmap(partial.fileno(), 0, access=mmap.ACCESS_READ)
+        content = _Content(file.partial)
         self.columns: dict[str, Any] = {}
         before = 0
         for name, kind in _KINDS.items():
@@ -173,8 +171,22 @@ class _OnDisk:
         self._file.discard()
 
 
+class _Content:
+    """A file that can be read as long as somebody holds this, removed or not.
+
+    Not mapped: the pages of a map count as this process's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, place: int, count: int) -> bytes:
+        return os.pread(self._file, count, place)
+
+
 def _reader(
-    content: mmap.mmap, rows: int, batch_rows: int, kind: np.dtype[Any], before: int
+    content: _Content, rows: int, batch_rows: int, kind: np.dtype[Any], before: int
 ) -> Callable[[int, int, int], NDArray[Any]]:
     """Reads rows of a batch from the column that so many bytes of a row lie before."""
 
@@ -182,7 +194,7 @@ def _reader(
         first = batch * batch_rows
         filled = min(batch_rows, rows - first)
         place = first * _ROW_BYTES + filled * before + start * kind.itemsize
-        return np.frombuffer(content, kind, stop - start, place)
+        return np.frombuffer(content.read(place, (stop - start) * kind.itemsize), kind)
 
     return read
 
