@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _native
 from .rule import GenKL, _check_models, _describe_bad_row, _is_tensor, num_threads
+from .scoring.chunks import empty_rows
 from .scoring.sources import Source, open_models
 
 if TYPE_CHECKING:
@@ -523,11 +524,7 @@ def _chunk(
     first_row: int,
 ) -> NDArray[np.float32]:
     """(R, n) critical alphas of a chunk, in this thread."""
-    missing = np.zeros(len(models[0]), bool)
-    for model in models:
-        # Nearly every row is cleared by its first entry.
-        begins_so = np.flatnonzero(np.isnan(model[:, 0]))
-        missing[begins_so[np.isnan(model[begins_so]).all(axis=1)]] = True
+    missing = empty_rows(models)
     there = np.flatnonzero(~missing)
     critical = np.empty((len(rules), len(there)), np.float32)
     present = models if len(there) == len(missing) else [model[there] for model in models]

@@ -87,7 +87,7 @@ class Unfinished:
         with ExitStack() as stack:
             finished: list[int] = []
             if ranks.first:
-                self._journal = stack.enter_context(Journal(self._journal_path(0), about))
+                self._journal = stack.enter_context(Journal(_journal_path(self._target, 0), about))
                 finished = self._take_up()
             finished, first_about = ranks.broadcast([finished, about])
             if first_about != about:
@@ -97,7 +97,7 @@ class Unfinished:
                     f"process {ranks.rank} has another than the first"
                 )
             if not ranks.first:
-                path = self._journal_path(ranks.rank)
+                path = _journal_path(self._target, ranks.rank)
                 self._journal = stack.enter_context(Journal(path, about))
             try:
                 self._file = os.open(self.partial, os.O_WRONLY | os.O_CLOEXEC)
@@ -115,8 +115,7 @@ class Unfinished:
     @staticmethod
     def left(out: Path) -> bool:
         """Whether an earlier job has left work on this file."""
-        target = Path(os.path.realpath(out))
-        return target.with_name(f".{target.name}.journal-0").exists()
+        return _journal_path(Path(os.path.realpath(out)), 0).exists()
 
     def write(self, batch: int, content: Any, noted: Sequence[Noted] = ()) -> None:
         """Fill a batch.
@@ -216,7 +215,7 @@ class Unfinished:
         foreign = False
         name = glob.escape(self._target.name)
         for path in sorted(self._target.parent.glob(f".{name}.journal-*")):
-            if path == self._journal_path(0):
+            if path == _journal_path(self._target, 0):
                 continue
             with Journal(path, self._about) as other:
                 for part in other.parts:
@@ -251,8 +250,9 @@ class Unfinished:
         self._journal.append(part)
         self._parts.append(part)
 
-    def _journal_path(self, rank: int) -> Path:
-        return self._target.with_name(f".{self._target.name}.journal-{rank}")
+
+def _journal_path(target: Path, rank: int) -> Path:
+    return target.with_name(f".{target.name}.journal-{rank}")
 
 
 def _sum_up(parts: list[Any]) -> tuple[list[int], list[Noted]]:

@@ -204,6 +204,7 @@ class _Inputs:
 
     def score(self, identifier: Identifier) -> NDArray[np.float32]:
         """(N,) scores; NaN for rows of which an input has nothing but NaN, as broken images."""
+        from ..scoring.chunks import empty_rows
         from ..scoring.sources import open_models
 
         with ExitStack() as stack:
@@ -227,9 +228,7 @@ class _Inputs:
                 )
             empty = np.zeros(lengths.pop(), bool)
             for name in arrays.keys() - {"labels"}:
-                for array in arrays[name]:
-                    begins_so = np.flatnonzero(np.isnan(array[:, 0]))
-                    empty[begins_so[np.isnan(array[begins_so]).all(axis=1)]] = True
+                empty |= empty_rows(arrays[name])
             if empty.any():
                 arrays = {name: [array[~empty] for array in of] for name, of in arrays.items()}
             scores = np.full(len(empty), np.nan, np.float32)

@@ -343,10 +343,10 @@ def score_files(
         # are written.
         with ExitStack() as outputs:
             writer = None
-            writing = outputs.enter_context(ExitStack())
+            writing = ExitStack()
             if table is not None and ranks.first:
                 temporary = outputs.enter_context(atomic_write(table))
-                writing = outputs.enter_context(ExitStack())
+                outputs.enter_context(writing)
                 writer = writing.enter_context(
                     TableWriter(temporary, kept.columns, key_list, settings, skipped)
                 )

@@ -25,6 +25,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -78,7 +79,7 @@ class Fingerprint:
     sample: str  #: hexadecimal
 
 
-class Source:
+class Source(ABC):
     """(N, k) numbers in a file, read a piece at a time, by any threads.
 
     Attributes:
@@ -106,28 +107,28 @@ class Source:
         """Bytes of all rows, once read."""
         return self.shape[0] * self.row_bytes
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Any:
         """(stop - start, k) rows, in this machine's byte order; bfloat16 as a torch tensor.
 
         Raises:
             OSError: they cannot be read, or the file has become shorter.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprints(self) -> tuple[Fingerprint, ...]:
         """Of the files, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_unchanged(self) -> None:
         """Raise ``ValueError`` if a file was written to since it was opened."""
-        raise NotImplementedError
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 (most kinds keep none)
         """Let go of rows that are kept in memory for the next reading."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
-        raise NotImplementedError
 
     def __enter__(self) -> Source:
         return self
