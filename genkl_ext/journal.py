@@ -17,22 +17,37 @@ from typing import Any
 from .files import open_locked
 
 
+class OtherJob(ValueError):
+    """A journal has parts of another job.
+
+    Attributes:
+        about: what they depend on.
+        parts: these.
+    """
+
+    def __init__(self, path: Path, about: Any, parts: list[Any]) -> None:
+        super().__init__(f"{path} is the journal of another job")
+        self.about, self.parts = about, parts
+
+
 class Journal:
     """An open journal; only one process at a time has it.
 
     Args:
         path: the file, made if it is not there.
         about: what the parts depend on, as JSON knows it.
+        begin_anew: parts of another job are thrown away, not an error.
 
     Attributes:
         parts: those found in the file.
         begun_anew: parts of another job were thrown away.
 
     Raises:
-        OSError: the file cannot be opened, or another process has it.
+        OSError: the file cannot be opened, or another process has it. OtherJob: it has parts of
+            another job.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], *, begin_anew: bool = True) -> None:
         self._path = path
         self._file = open_locked(path)
         try:
@@ -40,6 +55,8 @@ class Journal:
             mine = bool(found) and found[0] == about
             self.parts: list[Any] = found[1:] if mine else []
             self.begun_anew = len(found) > 1 and not mine
+            if self.begun_anew and not begin_anew:
+                raise OtherJob(path, found[0], found[1:])
             os.ftruncate(self._file, size if mine else 0)
             if not mine:
                 self.append(about)

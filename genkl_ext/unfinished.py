@@ -4,8 +4,8 @@
     .NAME.journal-R    what process R has filled: finished batches, and what was noted of them
 
 Both lie beside the target, and neither is left when it is complete. A job that is started again,
-with any number of processes, takes up what is there if it would fill the same file, and begins
-anew if not.
+with any number of processes, takes up what is there if it would fill the same file. If not, it is
+refused, or begins anew where it was told to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .files import sync_folder, writable_target
-from .journal import Journal
+from .journal import Journal, OtherJob
 from .ranks import Ranks
 
 MARK_SECONDS = 5.0  # of work that a killed job may lose; a sync then costs next to nothing
@@ -43,6 +43,7 @@ class Unfinished:
         ranks: of the job.
         header: bytes before the first row.
         name: of the work, for messages.
+        begin_anew: throw away what a job on another file has left.
 
     Attributes:
         todo: the batches that this process has to fill, ascending.
@@ -52,7 +53,8 @@ class Unfinished:
 
     Raises:
         OSError: the target cannot be written, or another job is at work on it. ValueError: this
-            process is about to fill another file than the first one.
+            process is about to fill another file than the first one; a job on another file has
+            left work, and ``begin_anew`` is not given.
 
     Warns:
         UserWarning: what a job with other settings had left was thrown away.
@@ -69,12 +71,14 @@ class Unfinished:
         ranks: Ranks,
         header: bytes = b"",
         name: str = "predict",
+        begin_anew: bool = False,
     ) -> None:
         self._target = writable_target(out)
         self.partial = self._target.with_name(f".{self._target.name}.partial")
         self._about = about
         self._ranks = ranks
         self._name = name
+        self._begin_anew = begin_anew
         self._header = header
         self._batch_bytes = batch_size * row_bytes
         self._size = len(header) + rows * row_bytes
@@ -87,7 +91,8 @@ class Unfinished:
         with ExitStack() as stack:
             finished: list[int] = []
             if ranks.first:
-                self._journal = stack.enter_context(Journal(_journal_path(self._target, 0), about))
+                path = _journal_path(self._target, 0)
+                self._journal = stack.enter_context(self._open_journal(path))
                 finished = self._take_up()
             finished, first_about = ranks.broadcast([finished, about])
             if first_about != about:
@@ -110,7 +115,8 @@ class Unfinished:
             self._open = stack.pop_all()
         self.resumed = sum(min(batch_size, rows - b * batch_size) for b in finished)
         left = np.setdiff1d(np.arange(self._batches), finished, assume_unique=True)
-        self.todo: list[int] = left[ranks.rank :: ranks.size].tolist()
+        # Neighbours to the same process: a row group, or a shard, is then read by one or two.
+        self.todo: list[int] = np.array_split(left, ranks.size)[ranks.rank].tolist()
 
     @staticmethod
     def left(out: Path) -> bool:
@@ -187,6 +193,23 @@ class Unfinished:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    def _open_journal(self, path: Path) -> Journal:
+        """One that an earlier job may have left."""
+        try:
+            return Journal(path, self._about, begin_anew=self._begin_anew)
+        except OtherJob as other:
+            finished, _ = _sum_up(other.parts)
+            if not finished:
+                journal = Journal(path, self._about)
+                journal.begun_anew = False  # nothing was lost
+                return journal
+            raise ValueError(
+                f"{self._name}: an unfinished {self._target.name}, of which "
+                f"{len(finished)} batches are done, is of other inputs or settings "
+                f"({', '.join(_differences(other.about, self._about))}): start that job again to "
+                "finish it, or give begin_anew (--begin-anew) to throw it away"
+            ) from None
+
     def _take_up(self) -> list[int]:
         """The batches that earlier jobs have left; a new file if there are none."""
         self._parts = self._journal.parts
@@ -217,7 +240,7 @@ class Unfinished:
         for path in sorted(self._target.parent.glob(f".{name}.journal-*")):
             if path == _journal_path(self._target, 0):
                 continue
-            with Journal(path, self._about) as other:
+            with self._open_journal(path) as other:
                 for part in other.parts:
                     self._note(part)
                 foreign |= other.begun_anew
@@ -253,6 +276,21 @@ class Unfinished:
 
 def _journal_path(target: Path, rank: int) -> Path:
     return target.with_name(f".{target.name}.journal-{rank}")
+
+
+def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
+    """What two jobs differ in, in words: ``rule.alpha 1.0, not 1.05``."""
+    if not isinstance(theirs, dict):
+        return ["of another kind"]
+    found = []
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = theirs.get(name), mine.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{one}" for one in _differences(a, b)]
+        elif a != b:
+            short = all(isinstance(one, (str, int, float)) for one in (a, b))
+            found.append(f"{name} {a!r}, not {b!r}" if short else name)
+    return found
 
 
 def _sum_up(parts: list[Any]) -> tuple[list[int], list[Noted]]:

@@ -48,5 +48,36 @@ def test_shares_of_what_is_left(tmp_path: Path) -> None:
     (tmp_path / ".q.npy.partial").write_bytes(b"")
     ranks = second([[1, 5, 6], ABOUT])
     with unfinished(tmp_path, 13, ranks) as file:
-        assert file.todo == [2, 4]  # of 0, 2, 3, 4
+        assert file.todo == [3, 4]  # of 0, 2, 3, 4
         assert file.resumed == 5  # the last batch has one row
+
+
+def test_work_of_another_job_is_refused(tmp_path: Path) -> None:
+    def start(about: dict[str, Any], **more: Any) -> Unfinished:
+        return Unfinished(
+            tmp_path / "q.npy", about, rows=5, row_bytes=1, batch_size=2, ranks=Ranks(),
+            name="score", **more,
+        )  # fmt: skip
+
+    mine = {"rule": {"alpha": 1.0, "seed": 0}, "inputs": [{"name": "p"}], "version": "1"}
+    with start(mine):
+        pass  # nothing is filled
+    other = {"rule": {"alpha": 1.1, "seed": 0}, "inputs": [{"name": "q"}], "models": 1}
+    with start(other) as file:
+        file.write(1, b"ab")
+        file.gather()
+    content = (tmp_path / ".q.npy.partial").read_bytes()
+    assert content == b"\0\0ab\0"
+    message = (
+        r"^score: an unfinished q\.npy, of which 1 batches are done, is of other inputs or settings "
+        r"\(inputs, models, rule\.alpha 1\.1, not 1\.0, version\): start that job again to finish it, "
+        r"or give begin_anew \(--begin-anew\) to throw it away$"
+    )
+    with pytest.raises(ValueError, match=message):
+        start(mine)
+    assert (tmp_path / ".q.npy.partial").read_bytes() == content
+    with start(other) as file:
+        assert file.todo == [0, 2]
+    with pytest.warns(UserWarning, match="begun anew"), start(mine, begin_anew=True) as file:
+        assert file.todo == [0, 1, 2]
+    assert (tmp_path / ".q.npy.partial").read_bytes() == bytes(5)

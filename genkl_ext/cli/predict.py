@@ -36,6 +36,7 @@ def predict(
     dtype: Literal["float32", "float16"] = "float32",
     threads: int | None = None,
     fast: bool = False,
+    begin_anew: bool = False,
 ) -> None:
     """Write the softmax outputs of a trained network for all images of a split, as (N, k) .npy.
 
@@ -61,6 +62,7 @@ def predict(
         threads: of each process, that read, decode and, on a CPU, compute; by default its share of
             the processors
         fast: trade exact pixels for speed of decoding
+        begin_anew: throw away an unfinished file of other weights, images or settings
 
     Example:
         genkl predict /data/clothing1m --weights best.safetensors -o probs.npy
@@ -107,6 +109,7 @@ def predict(
             ranks=ranks,
             unusable=unusable,
             dtype=dtype,
+            begin_anew=begin_anew,
             progress=progress if ranks.first else None,
         )
     if ranks.first:

@@ -50,6 +50,7 @@ def score(
     one_model: bool = False,
     column: list[str] = [],  # noqa: B006 (never changed)
     raw: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
+    begin_anew: bool = False,
     explain: bool = False,
 ) -> None:
     """Score how little each row of prediction files conforms to any one class.
@@ -82,6 +83,8 @@ def score(
         one_model: several inputs are the shards of one model, in this order
         column: array, tensor or column of the files that holds the predictions; or the k columns
         raw: type of the numbers in .bin and .raw files
+        begin_anew: throw away what an unfinished job on the same table, of other inputs or
+            settings, has left
         explain: print what would be done, and an estimate of time and memory; write nothing
 
     Example:
@@ -122,6 +125,7 @@ def score(
             validate=not no_validate,
             on_bad_row=on_bad_row,
             bad_rows=bad_rows,
+            begin_anew=begin_anew,
             ranks=ranks,
             progress=progress if ranks.first else None,
             **reading,
@@ -194,8 +198,8 @@ def summary(result: FileScores, seconds: float) -> str:
         ),
         ("table", str(result.out)),
     ]
-    if len(result.bad_rows):
-        lines.insert(1, ("no prediction", f"{len(result.bad_rows):,} rows"))
+    if result.bad_count:
+        lines.insert(1, ("no prediction", f"{result.bad_count:,} rows"))
     if result.resumed:
         lines.insert(1, ("scored before", f"{result.resumed:,} rows"))
     if result.nc_list is not None:

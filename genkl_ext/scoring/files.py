@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import os
 import time
@@ -38,7 +39,7 @@ PathLike = str | os.PathLike[str]
 
 # Enough for every thread to have work for milliseconds, little enough to be no burden in memory.
 CHUNK_BYTES = 16 << 20
-# Of predictions: a job with fewer is done again sooner than its work is kept.
+# Of predictions, or of scores: a job with fewer is done again sooner than its work is kept.
 RESUME_BYTES = 1 << 28
 
 _KINDS = {name: np.dtype(COLUMNS[name]) for name in LEFT_OUT}
@@ -56,12 +57,13 @@ class FileScores:
     out: Path | None  #: the table written
     nc_list: Path | None  #: the list of NC keys written
     nc_count: int  #: how many rows are non-conforming
-    bad_rows: NDArray[np.int64]  #: rows that held no valid prediction, ascending
+    bad_count: int  #: how many rows held no valid prediction
     resumed: int  #: rows that an earlier, killed job had scored
     input_bytes: int  #: bytes of predictions read
     scoring_seconds: float  #: the pass: reading, scoring, and writing rows in the meantime
     finishing_seconds: float  #: after it: the end of the table, the list, syncing to disk
     _columns: Mapping[str, Any] = dataclasses.field(repr=False)
+    _leave_out: NDArray[np.bool_] | None = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return self.rows
@@ -73,13 +75,28 @@ class FileScores:
         Raises:
             ValueError: on another process of a job than the first.
         """
-        if not self._columns:
-            raise ValueError("FileScores: the first process of the job has the scores")
-        columns = {name: self._columns[name][:] for name in _KINDS}
-        return Scores(**columns, rule=self.rule)
+        return Scores(**{name: self.column(name)[:] for name in _KINDS}, rule=self.rule)
+
+    @property
+    def bad_rows(self) -> NDArray[np.int64]:
+        """The rows that held no valid prediction, ascending.
+
+        Raises:
+            ValueError: on another process of a job than the first.
+        """
+        top_class = self.column("top_class")
+        starts = range(0, self.rows, BLOCK_ROWS) if self.bad_count else []
+        blocks = [_bad_rows(top_class, self._leave_out, i, i + BLOCK_ROWS) for i in starts]
+        return np.concatenate([np.empty(0, np.int64), *blocks])
 
     def column(self, name: str) -> Any:
-        """(N,) one column, of which slices can be had without the whole."""
+        """(N,) one column, of which slices can be had without the whole.
+
+        Raises:
+            ValueError: on another process of a job than the first.
+        """
+        if not self._columns:
+            raise ValueError("FileScores: the first process of the job has the scores")
         return self._columns[name]
 
 
@@ -122,22 +139,19 @@ class _InMemory:
     """Where the scores of a short job are: nowhere else."""
 
     resumed = 0
-    noted: Sequence[Any] = ()  # of an earlier job
 
     def __init__(self, rows: int, batch_rows: int) -> None:
         self.columns: dict[str, Any] = {n: np.empty(rows, kind) for n, kind in _KINDS.items()}
         self._batch_rows = batch_rows
-        self._noted: list[Any] = []
         self.todo = list(range(-(-rows // batch_rows)))
 
-    def write(self, batch: int, columns: Mapping[str, NDArray[Any]], noted: list[Any]) -> None:
+    def write(self, batch: int, columns: Mapping[str, NDArray[Any]]) -> None:
         start = batch * self._batch_rows
         for name, column in columns.items():
             self.columns[name][start : start + len(column)] = column
-        self._noted += noted
 
-    def gather(self) -> list[Any]:
-        return self._noted
+    def gather(self) -> None:
+        """Everything is here."""
 
     def discard(self) -> None:
         pass
@@ -151,7 +165,7 @@ class _OnDisk:
 
     def __init__(self, file: Unfinished, rows: int, batch_rows: int) -> None:
         self._file = file
-        self.todo, self.resumed, self.noted = file.todo, file.resumed, file.noted
+        self.todo, self.resumed = file.todo, file.resumed
         content = _Content(file.partial)
         self.columns: dict[str, Any] = {}
         before = 0
@@ -160,12 +174,12 @@ class _OnDisk:
             self.columns[name] = Column(rows, batch_rows, kind, read)
             before += kind.itemsize
 
-    def write(self, batch: int, columns: Mapping[str, NDArray[Any]], noted: list[Any]) -> None:
-        content = b"".join(columns[name].tobytes() for name in _KINDS)
-        self._file.write(batch, content, noted)
+    def write(self, batch: int, columns: Mapping[str, NDArray[Any]]) -> None:
+        self._file.write(batch, b"".join(columns[name].tobytes() for name in _KINDS))
 
-    def gather(self) -> list[Any]:
-        return list(self._file.gather())
+    def gather(self) -> None:
+        """Wait until every process has filled its rows."""
+        self._file.gather()
 
     def discard(self) -> None:
         self._file.discard()
@@ -214,6 +228,7 @@ def score_files(
     column: str | Sequence[str] | None = None,
     raw: str | None = None,
     bad_rows: PathLike | None = None,
+    begin_anew: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -225,9 +240,9 @@ def score_files(
     predictions that was killed, or met an error, goes on where it was when it is started again
     with the same inputs and settings, and ends with the same bytes.
 
-    Memory is a few chunks and one block of the table, whatever the input is. On top come the key
-    list, where one is given; some six times the largest row group of Parquet files; a byte a row
-    for "skip"; some 100 bytes for each run of bad rows; and 21 bytes a row in a short job.
+    Memory is a few chunks and one block of the table, whatever the input is. On top come the
+    scores, 21 bytes a row, in a short job and in one without ``out``; and the largest record batch
+    of Arrow files.
 
     Args:
         inputs: the predictions of one model, or of M models, to be averaged: each a file of
@@ -250,6 +265,8 @@ def score_files(
         raw: dtype of ``.bin`` and ``.raw`` files.
         bad_rows: text file to write the rows to that held no valid prediction: one line for each,
             its number, and its key after a tab where there are keys.
+        begin_anew: throw away what an unfinished job on the same table, of other inputs or
+            settings, has left.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
         ranks: the processes of a job that share the rows and call this alike (``ranks.join``);
             by default this process scores all of them.
@@ -260,11 +277,11 @@ def score_files(
 
     Raises:
         OSError: a file that cannot be read or written, or another job at work on the same table.
-        ValueError: a file that is not what it should be, or the first bad row. Both name the file.
+        ValueError: a file that is not what it should be, or the first bad row, with its file;
+            an unfinished job of other inputs or settings, with what differs.
 
     Warns:
-        UserWarning: a key that appears more than once; unfinished work of other inputs or settings
-        was thrown away.
+        UserWarning: a key that appears more than once; unfinished work was thrown away.
     """
     paths = _listed(inputs)
     if chunk_bytes < 1:
@@ -308,7 +325,9 @@ def score_files(
         input_bytes = sum(file.nbytes for file in files)
         batch_rows = _batch_rows(files, chunk_bytes)
         kept: _InMemory | _OnDisk
-        if table is None or rows == 0 or not _long(table, input_bytes, ranks):
+        # A short job takes up what a long one has left.
+        lasting = ranks.size > 1 or _is_long(rows, input_bytes)
+        if table is None or rows == 0 or not (lasting or Unfinished.left(table)):
             kept = _InMemory(rows, batch_rows)
             if not ranks.first:
                 kept.todo = []
@@ -327,6 +346,7 @@ def score_files(
                     batch_size=batch_rows,
                     ranks=ranks,
                     name="score",
+                    begin_anew=begin_anew,
                 )
             )
             kept = _OnDisk(unfinished, rows, batch_rows)
@@ -334,10 +354,7 @@ def score_files(
                 for path in filter(None, (table, list_, bad_list)):
                     remove_leftovers_of(path)
 
-        skipped = None
-        if on_bad_row == "skip":
-            skipped = np.zeros(rows, bool)
-            skipped[_ranges(kept.noted)] = True
+        bad_between = functools.partial(_bad_rows, kept.columns["top_class"], leave_out)
         start = time.perf_counter()
         # Left in the opposite order: the lists are put in place, then the table, once all of them
         # are written.
@@ -348,36 +365,38 @@ def score_files(
                 temporary = outputs.enter_context(atomic_write(table))
                 outputs.enter_context(writing)
                 writer = writing.enter_context(
-                    TableWriter(temporary, kept.columns, key_list, settings, skipped)
+                    TableWriter(
+                        temporary,
+                        kept.columns,
+                        key_list,
+                        settings,
+                        bad_between if on_bad_row == "skip" else None,
+                    )
                 )
             job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows)
             # Others fill rows of the table, too, and nobody knows when.
             meanwhile = writer if ranks.size == 1 else None
-            job.run(kept, meanwhile, skipped, ranks, progress)
+            job.run(kept, meanwhile, ranks, progress)
             for file in files:
                 file.check_unchanged()
-            bad = _ranges(kept.gather())
+            kept.gather()
             scored = time.perf_counter()
-            nc_count = 0
+            counts = [0, 0]
             if ranks.first:
-                if skipped is not None:
-                    skipped[bad] = True
                 if writer is not None:
                     writer.advance(rows)
                 writing.close()
                 nc = kept.columns["nc"]
-                nc_count = sum(
-                    int(np.count_nonzero(nc[i : i + batch_rows]))
-                    for i in range(0, rows, batch_rows)
-                )
+                for i in range(0, rows, BLOCK_ROWS):
+                    counts[0] += int(np.count_nonzero(nc[i : i + BLOCK_ROWS]))
+                    counts[1] += len(bad_between(i, i + BLOCK_ROWS))
                 if list_ is not None and key_list is not None:
                     write_nc_list(outputs.enter_context(atomic_write(list_)), key_list, nc)
                 if bad_list is not None:
-                    _write_rows(outputs.enter_context(atomic_write(bad_list)), bad, key_list)
+                    bad_path = outputs.enter_context(atomic_write(bad_list))
+                    _write_bad_rows(bad_path, bad_between, rows, key_list)
         kept.discard()
-        if ranks.size > 1:
-            nc_count, found = ranks.broadcast([nc_count, _spans(bad)])
-            bad = _ranges(found)
+        nc_count, bad_count = ranks.broadcast(counts)
 
     return FileScores(
         rule=rule,
@@ -387,12 +406,13 @@ def score_files(
         out=table,
         nc_list=list_,
         nc_count=nc_count,
-        bad_rows=bad,
+        bad_count=bad_count,
         resumed=kept.resumed,
         input_bytes=input_bytes,
         scoring_seconds=scored - start,
         finishing_seconds=time.perf_counter() - scored,
         _columns=kept.columns if ranks.first else {},
+        _leave_out=leave_out,
     )
 
 
@@ -442,7 +462,7 @@ def plan(
         score_rows(models, rule, logits=logits, validate=False)
         seconds = (time.perf_counter() - start) * rows / max(1, len(models[0])) / ranks.size
         input_bytes = sum(file.nbytes for file in files)
-        resumable = rows > 0 and (ranks.size > 1 or input_bytes >= RESUME_BYTES)
+        resumable = rows > 0 and (ranks.size > 1 or _is_long(rows, input_bytes))
         block = min(rows, BLOCK_ROWS) * _ROW_BYTES
         return Plan(
             rows=rows,
@@ -543,7 +563,6 @@ class _Pass:
         self,
         kept: _InMemory | _OnDisk,
         writer: TableWriter | None,
-        skipped: NDArray[np.bool_] | None,
         ranks: Ranks,
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -555,14 +574,10 @@ class _Pass:
         if progress is not None and done:
             progress(done, rows)
 
-        def keep(batch: int, columns: Mapping[str, NDArray[Any]], bad: NDArray[np.int64]) -> None:
-            first = batch * self.batch_rows
-            noted = [[int(a), int(b)] for a, b in _spans(first + bad)]
-            kept.write(batch, columns, noted)
-            if skipped is not None:
-                skipped[first + bad] = True
+        def keep(batch: int, columns: Mapping[str, NDArray[Any]]) -> None:
+            kept.write(batch, columns)
             if writer is not None:
-                writer.advance(min(first + self.batch_rows, rows))
+                writer.advance(min((batch + 1) * self.batch_rows, rows))
 
         with ThreadPoolExecutor(2, "genkl-score") as pool:
             written: Future[None] = pool.submit(lambda: None)
@@ -572,7 +587,7 @@ class _Pass:
                 missing = None
                 if self.leave_out is not None:
                     missing = np.flatnonzero(self.leave_out[first : first + n])
-                columns, bad = score_rows(
+                columns, _ = score_rows(
                     models,
                     self.rule,
                     logits=self.logits,
@@ -583,7 +598,7 @@ class _Pass:
                     first_row=first,
                 )
                 written.result()
-                written = pool.submit(keep, batch, columns, bad)
+                written = pool.submit(keep, batch, columns)
                 done += n * ranks.size  # the other processes are as far, more or less
                 if progress is not None:
                     progress(min(done, rows), rows)
@@ -610,32 +625,35 @@ def _read_ahead(
         yield batch, models
 
 
-def _spans(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Runs of consecutive rows: first, and one after the last."""
-    if not len(rows):
-        return []
-    ends = np.flatnonzero(np.diff(rows) != 1)
-    firsts = rows[np.concatenate([[0], ends + 1])]
-    return list(zip(firsts.tolist(), (rows[np.append(ends, -1)] + 1).tolist(), strict=True))
+def _bad_rows(
+    top_class: Any, leave_out: NDArray[np.bool_] | None, start: int, stop: int
+) -> NDArray[np.int64]:
+    """The rows from ``start`` to ``stop`` that held no valid prediction, though they should."""
+    bad = top_class[start:stop] == LEFT_OUT["top_class"]
+    if leave_out is not None:
+        bad &= ~leave_out[start:stop]
+    return start + np.flatnonzero(bad)
 
 
-def _ranges(noted: Sequence[Any]) -> NDArray[np.int64]:
-    """The rows of such runs."""
-    spans = np.array(list(noted), np.int64).reshape(-1, 2)
-    lengths = spans[:, 1] - spans[:, 0]
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(spans[:, 0] - before, lengths)
-
-
-def _write_rows(path: Path, rows: NDArray[np.int64], keys: Keys | None) -> None:
+def _write_bad_rows(
+    path: Path,
+    bad_between: Callable[[int, int], NDArray[np.int64]],
+    rows: int,
+    keys: Keys | None,
+) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows.tolist():
-            file.write(f"{row}\n" if keys is None else f"{row}\t{keys[row]}\n")
+        for start in range(0, rows, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, rows)
+            bad = bad_between(start, stop).tolist()
+            if keys is None:
+                file.writelines(f"{row}\n" for row in bad)
+            elif bad:
+                block = keys.slice(start, stop)
+                file.writelines(f"{row}\t{block[row - start]}\n" for row in bad)
 
 
-def _long(table: Path, input_bytes: int, ranks: Ranks) -> bool:
-    """Whether work is kept for a start after this one. It is where a long job has left some."""
-    return ranks.size > 1 or input_bytes >= RESUME_BYTES or Unfinished.left(table)
+def _is_long(rows: int, input_bytes: int) -> bool:
+    return max(input_bytes, rows * _ROW_BYTES) >= RESUME_BYTES
 
 
 def _check_mask(leave_out: NDArray[np.bool_], rows: int) -> None:

@@ -9,7 +9,8 @@
     top_class       int32    the most probable class
     top_prob        float32  its probability
 
-A row without a prediction has NaN, no votes, and the top class -1 (``LEFT_OUT``).
+A row without a prediction has NaN, no votes, and the top class -1 (``LEFT_OUT``), which no other
+row has.
 
 The suffix of the file name chooses the format. Parquet carries the settings and fingerprints with
 it (:func:`read_settings`); CSV and NumPy files have no place for them.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ class TableWriter:
         columns: the columns but ``row`` and ``key``, N rows each, of which slices are taken.
         keys: the key column, or None.
         settings: go with the table as JSON where the format has room.
-        skipped: (N,) bool, rows that are not in the table; filled as the columns are.
+        skip: the rows from a first to a last, excluded, that are not in the table, ascending;
+            asked for when the columns are filled so far.
 
     Raises:
         OSError: from writing.
@@ -82,10 +84,10 @@ class TableWriter:
         columns: Mapping[str, Any],
         keys: Keys | None,
         settings: Mapping[str, Any],
-        skipped: NDArray[np.bool_] | None = None,
+        skip: Callable[[int, int], NDArray[np.int64]] | None = None,
     ) -> None:
         require_suffix(path)
-        self._skipped = skipped
+        self._skip = skip
         self._columns = columns
         self._rows = len(columns["votes"])
         self._keys = keys
@@ -109,8 +111,10 @@ class TableWriter:
             if self._keys is not None:
                 block["key"] = self._keys.slice(start, stop)
             block.update({name: column[start:stop] for name, column in self._columns.items()})
-            if self._skipped is not None and self._skipped[start:stop].any():
-                there = ~self._skipped[start:stop]
+            skipped = np.empty(0, np.int64) if self._skip is None else self._skip(start, stop)
+            if len(skipped):
+                there = np.ones(stop - start, bool)
+                there[skipped - start] = False
                 block = {
                     name: list(compress(column, there))
                     if isinstance(column, list)

@@ -69,6 +69,7 @@ def predict(
     ranks: Ranks,
     unusable: NDArray[np.bool_] | None = None,
     dtype: str = "float32",
+    begin_anew: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predicted:
     """Write the softmax outputs of a network for all images of a manifest.
@@ -88,6 +89,7 @@ def predict(
         ranks: the processes of the job.
         unusable: (N,) which images are known to be broken; they are not read.
         dtype: of the file: "float32", or "float16", in which rows do not sum to 1 exactly (N5).
+        begin_anew: throw away an unfinished file of other weights, images or settings.
         progress: called with (rows done, N), as far as this process can tell.
 
     Returns:
@@ -96,10 +98,11 @@ def predict(
     Raises:
         ImageError: an image cannot be used, and ``data.on_error`` is "raise". ValueError: the
             network gives something else than (n, k) logits, or no finite softmax of a healthy
-            image. OSError: the file cannot be written, or another job is at work on it.
+            image; an unfinished file is of other weights, images or settings, and ``begin_anew``
+            is not given. OSError: the file cannot be written, or another job is at work on it.
 
     Warns:
-        UserWarning: an unfinished file of other weights, images or settings was thrown away.
+        UserWarning: such a file was thrown away.
     """
     out, n = Path(out), len(manifest)
     if out.suffix != ".npy":
@@ -147,6 +150,7 @@ def predict(
             batch_size=reading.batch_size,
             ranks=ranks,
             header=_header((n, k), dtype),
+            begin_anew=begin_anew,
         ) as file,
         _computing(network, device, engine.precision, reading.threads) as begin,
         closing(reading.batches(manifest, known, file.todo)) as batches,

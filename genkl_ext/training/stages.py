@@ -172,6 +172,7 @@ def predict(job: Job, weights: Path, rows: Rows, out: Path) -> Facts:
         ranks=job.ranks,
         unusable=job.unusable[rows],
         dtype=dtype,
+        begin_anew=True,  # the recipe, or the training before, may have been changed
         progress=job.progress("predicting"),
     )
     return {"rows": made.rows, "broken": [str(failure) for failure in made.broken]}
@@ -225,10 +226,11 @@ def score(
         keys=keys,
         nc_list=nc_list,
         leave_out=missing if missing.any() else None,
+        begin_anew=True,  # the recipe may have been changed
         progress=progress,
     )
     return {
-        "rows": len(scored.scores),
+        "rows": scored.rows,
         "nc": scored.nc_count,
         "left_out": int(missing.sum()),
         "alpha": rule.alpha,

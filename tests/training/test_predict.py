@@ -425,8 +425,14 @@ def test_what_another_job_left_is_not_used(
         run(shared, tmp_path / "q.npy", progress=stop_after(24), **OTHERS[other])
     left = files(tmp_path)
     assert left == [".q.npy.journal-0", ".q.npy.partial"]
+    message = (
+        r"^predict: an unfinished q\.npy, of which \d batches are done, is of other inputs or "
+    )
+    with pytest.raises(ValueError, match=message):
+        run(shared, tmp_path / "q.npy")
+    assert files(tmp_path) == left
     with pytest.warns(UserWarning, match=r"^predict: an unfinished q\.npy was of other ") as caught:
-        made = run(shared, tmp_path / "q.npy")
+        made = run(shared, tmp_path / "q.npy", begin_anew=True)
     assert caught[0].filename == __file__  # whoever called predict
     assert made.resumed == 0
     assert (tmp_path / "q.npy").read_bytes() == whole
@@ -444,8 +450,10 @@ def test_other_images_are_not_mixed(
         other = shared.select(np.arange(43)[::-1])
     with pytest.raises(Stop):
         run(other, tmp_path / "q.npy", progress=stop_after(24))
-    with pytest.warns(UserWarning, match="begun anew"):
+    with pytest.raises(ValueError, match=r"inputs or settings \((images|root) '.*', not '.*'\): "):
         run(shared, tmp_path / "q.npy")
+    with pytest.warns(UserWarning, match="begun anew"):
+        run(shared, tmp_path / "q.npy", begin_anew=True)
     assert (tmp_path / "q.npy").read_bytes() == whole
 
 
