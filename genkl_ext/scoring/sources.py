@@ -55,9 +55,15 @@ _READER_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, MemoryError, OverflowError,
     EOFError, zlib.error,
 )  # fmt: skip
+_PIECE_BYTES = 4 << 20  # of a row group that is decoded at a time
+_BUFFERS = 32 << 20  # bytes that are read of its columns at a time, all together
+_LEAST_BUFFER = 1 << 16
+_NOTHING = (-1, 0)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 PathLike = str | os.PathLike[str]
+# Gives the record batches of a row group, with some columns.
+_Reader = Callable[[int, Sequence[str]], Iterator[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,43 +396,66 @@ class Table(_OneFile):
         except BaseException:
             self._handle.close()
             raise
-        self._group: tuple[int, NDArray[Any]] | None = None
         self._lock = Lock()
+        self.forget()
 
     def rows(self, start: int, stop: int) -> Any:
         k = self.shape[1]
         pieces = []
-        first = int(np.searchsorted(self._starts, start, "right")) - 1
-        while start < stop:
-            begin, end = int(self._starts[first]), int(self._starts[first + 1])
-            until = min(stop, end)
-            if until > start:
-                pieces.append(self._group_rows(first)[start - begin : until - begin])
-                start = until
-            first += 1
+        group = int(np.searchsorted(self._starts, start, "right")) - 1
+        with self._lock:
+            while start < stop:
+                begin, end = int(self._starts[group]), int(self._starts[group + 1])
+                until = min(stop, end)
+                while start < until:
+                    first, rows = self._piece_with(group, start - begin)
+                    pieces.append(rows[start - begin - first : until - begin - first])
+                    start += len(pieces[-1])
+                group += 1
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty((0, k), self.dtype)
 
     def forget(self) -> None:
         with self._lock:
-            self._group = None
+            self._stream: Iterator[Any] = iter(())
+            self._next = _NOTHING  # group and row of what the stream gives next
+            self._piece: tuple[int, int, NDArray[Any]] | None = None  # group, first row, rows
 
     def close(self) -> None:
+        self.forget()
         self._handle.close()
         super().close()
 
-    def _group_rows(self, group: int) -> NDArray[Any]:
-        """The rows of a row group; the last one stays in memory."""
-        with self._lock:
-            if self._group is None or self._group[0] != group:
-                self._group = None  # before the next one is there
-                self._group = (group, self._decode(group))
-            return self._group[1]
+    def _piece_with(self, group: int, row: int) -> tuple[int, NDArray[Any]]:
+        """Some rows of a group, this one among them, and the number of the first. They stay in
+        memory until the next ones are wanted, which are the neighbours if all goes well."""
+        if self._piece is not None:
+            of, first, rows = self._piece
+            if of == group and first <= row < first + len(rows):
+                return first, rows
+        self._piece = None  # before the next one is there
+        if self._next[0] != group or self._next[1] > row:
+            self._stream, self._next = self._batches(group), (group, 0)
+        in_group = int(self._starts[group + 1] - self._starts[group])
+        while True:
+            first, self._next = self._next[1], _NOTHING  # if it is damaged
+            batch = next(self._stream, None)
+            until = first + (0 if batch is None else batch.num_rows)
+            if batch is None or until > in_group:
+                raise OSError(
+                    f"score: {self.name} is damaged: row group {group} has {until} rows, "
+                    f"not {in_group}"
+                )
+            self._next = (group, until)
+            if row < until:
+                rows = self._decode(batch, group, first)
+                self._piece = (group, first, rows)
+                return first, rows
 
-    def _decode(self, group: int) -> NDArray[Any]:
+    def _decode(self, batch: Any, group: int, first: int) -> NDArray[Any]:
         """Its rows, NaN where the table has a null."""
-        columns = self._read_group(group)
+        columns = self._arrays(batch)
         k = self.shape[1]
         if not self._lists:
             rows = np.empty((len(columns[0]), k), self.dtype)
@@ -436,7 +465,7 @@ class Table(_OneFile):
         with _damage(self.name):
             other = first_of_other_length(columns[0], k)
         if other is not None:
-            row = int(self._starts[group]) + other[0]
+            row = int(self._starts[group]) + first + other[0]
             raise ValueError(
                 f"score: {self.name}: column {self._columns[0]} must hold {k} numbers, got "
                 f"{other[1]} at row {row}"
@@ -444,16 +473,21 @@ class Table(_OneFile):
         with _damage(self.name):
             return list_rows(columns[0], k)[0]
 
-    def _read_group(self, group: int) -> list[Any]:
-        """The columns as Arrow arrays, checked so that nothing in them leads out of them."""
+    def _batches(self, group: int) -> Iterator[Any]:
+        """A row group as record batches, checked so that nothing in them leads out of them."""
+        with _damage(self.name):
+            batches = self._read(group, self._columns)
+            while (batch := next(batches, None)) is not None:
+                # The buffers are as the file has them: offsets beyond their end would be followed.
+                batch.validate(full=True)
+                yield batch
+
+    def _arrays(self, batch: Any) -> list[Any]:
         import pyarrow as pa
 
-        with _damage(self.name):
-            table = self._read(group, self._columns)
-            columns = [
-                c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in table.columns
-            ]
-            return [c.storage if isinstance(c, pa.ExtensionArray) else c for c in columns]
+        # Parquet gives columns in its own order.
+        columns = [batch.column(name) for name in self._columns]
+        return [c.storage if isinstance(c, pa.ExtensionArray) else c for c in columns]
 
     def _kind(self, schema: Any) -> None:
         """Set dtype and shape."""
@@ -483,8 +517,9 @@ class Table(_OneFile):
         else:
             # Lists of any length: the first that is not null says how long they all must be.
             k = None
-            for group in range(len(self._starts) - 1):
-                (column,) = self._read_group(group)
+            groups = range(len(self._starts) - 1)
+            for batch in (batch for group in groups for batch in self._batches(group)):
+                (column,) = self._arrays(batch)
                 with _damage(self.name):
                     lengths = pc.drop_null(pc.list_value_length(column))
                 if len(lengths):
@@ -1027,27 +1062,31 @@ def _open_raw(file: Bytes, raw: tuple[str, int] | None) -> Source:
     return Packed(file, 0, (file.size // row, k), dtype)
 
 
-def _parquet(handle: Any) -> tuple[Callable[[int, Sequence[str]], Any], NDArray[np.int64], Any]:
+def _parquet(handle: Any) -> tuple[_Reader, NDArray[np.int64], Any]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(handle)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     if any(rows < 0 for rows in groups):
         raise ValueError("a row group with fewer than 0 rows")
-    starts = np.cumsum([0, *groups])
 
-    def read(group: int, names: Sequence[str]) -> Any:
-        # Parquet gives columns in its own order, and those within a column that has the name.
-        table = file.read_row_group(group, list(names)).select(list(names))
-        table.validate(full=True)
-        if table.num_rows != groups[group]:
-            raise ValueError(f"row group {group} has {table.num_rows} rows, not {groups[group]}")
-        return table
+    def read(group: int, names: Sequence[str]) -> Iterator[Any]:
+        # A row group may be larger than memory: it is read and decoded piece by piece.
+        about = file.metadata.row_group(group)
+        size = sum(
+            about.column(i).total_uncompressed_size
+            for i in range(about.num_columns)
+            if about.column(i).path_in_schema.partition(".")[0] in names
+        )
+        rows = max(1, _PIECE_BYTES * groups[group] // max(_PIECE_BYTES, size))
+        pages = max(_LEAST_BUFFER, min(1 << 20, _BUFFERS // len(names)))
+        reader = pq.ParquetFile(handle, metadata=file.metadata, buffer_size=pages)
+        return iter(reader.iter_batches(rows, row_groups=[group], columns=list(names)))
 
-    return read, starts, file.schema_arrow
+    return read, np.cumsum([0, *groups]), file.schema_arrow
 
 
-def _arrow(handle: Any) -> tuple[Callable[[int, Sequence[str]], Any], NDArray[np.int64], Any]:
+def _arrow(handle: Any) -> tuple[_Reader, NDArray[np.int64], Any]:
     import pyarrow as pa
 
     file = pa.ipc.open_file(handle)
@@ -1057,11 +1096,8 @@ def _arrow(handle: Any) -> tuple[Callable[[int, Sequence[str]], Any], NDArray[np
         batch.validate()
         rows.append(batch.num_rows)
 
-    def read(group: int, names: Sequence[str]) -> Any:
-        batch = file.get_batch(group).select(list(names))
-        # The buffers are as the file has them: offsets beyond their end would be followed.
-        batch.validate(full=True)
-        return batch
+    def read(group: int, names: Sequence[str]) -> Iterator[Any]:
+        return iter([file.get_batch(group).select(list(names))])
 
     return read, np.cumsum([0, *rows]), file.schema
 

@@ -326,7 +326,51 @@ def test_rows_of_many_tables_are_not_kept(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"p-{i}", rows(10))
     with open_source(tmp_path) as source:
         source.rows(0, 50)
-        assert all(shard._source._group is None for shard in source._shards)  # type: ignore[attr-defined]
+        assert all(shard._source._piece is None for shard in source._shards)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_lists, write_columns, write_tensors])
+def test_a_row_group_is_read_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
+    """A group of any size takes little memory; any rows can be had, in any order."""
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 4096)
+    q = rows(5000)
+    given = write(tmp_path / "p", q)
+    (path,) = tmp_path.iterdir()
+    if path.suffix == ".parquet":
+        # All of it as two groups, the second of which begins in the middle of the pieces.
+        table = pq.read_table(path)
+        pq.write_table(table, path, row_group_size=3001)
+    rng = np.random.default_rng(0)
+    spans = [(i, min(i + 700, 5000)) for i in range(0, 5000, 700)]
+    spans += [tuple(sorted(rng.integers(0, 5001, 2))) for _ in range(40)]
+    sizes = []
+    with open_source(**given) as source:
+        assert isinstance(source, sources.Table)
+        for start, stop in spans:
+            np.testing.assert_array_equal(source.rows(start, stop), q[start:stop])
+            sizes.append(0 if source._piece is None else len(source._piece[2]))
+    if path.suffix == ".parquet":
+        assert 0 < max(sizes) <= 4096 // (K * 4)
+
+
+def test_a_piece_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error whenever it is read, and the others are not."""
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 4096)
+    q = rows(5000)
+    write_parquet(tmp_path / "p", q)
+    (path,) = tmp_path.iterdir()
+    pq.write_table(pq.read_table(path), path, data_page_size=2000, use_dictionary=False,
+                   compression="zstd")  # fmt: skip
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+    path.write_bytes(content)
+    with open_source(path) as source:
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"p\.parquet is damaged: "):
+                source.rows(0, 5000)
+            np.testing.assert_array_equal(source.rows(100, 200), q[100:200])
 
 
 def test_shards_without_a_row(tmp_path: Path) -> None:
