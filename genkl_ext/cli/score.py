@@ -51,6 +51,7 @@ def score(
     column: list[str] = [],  # noqa: B006 (never changed)
     raw: Literal["float16", "bfloat16", "float32", "float64"] | None = None,
     begin_anew: bool = False,
+    device: str = "cpu",
     explain: bool = False,
 ) -> None:
     """Score how little each row of prediction files conforms to any one class.
@@ -85,6 +86,7 @@ def score(
         raw: type of the numbers in .bin and .raw files
         begin_anew: throw away what an unfinished job on the same table, of other inputs or
             settings, has left
+        device: what scores: cpu; cuda, under torchrun a GPU for each process; or cuda:1
         explain: print what would be done, and an estimate of time and memory; write nothing
 
     Example:
@@ -112,7 +114,7 @@ def score(
     ranks = join("cpu")
     if explain:
         if ranks.first:
-            print(describe(plan(inputs, rule, ranks=ranks, **reading), out))
+            print(describe(plan(inputs, rule, device=device, ranks=ranks, **reading), out))
         return
     start = time.perf_counter()
     with Progress("scoring", "rows") as progress:
@@ -126,6 +128,7 @@ def score(
             on_bad_row=on_bad_row,
             bad_rows=bad_rows,
             begin_anew=begin_anew,
+            device=device,
             ranks=ranks,
             progress=progress if ranks.first else None,
             **reading,
@@ -143,7 +146,12 @@ def describe(what: Plan, out: Path) -> str:
         ("chunks", f"{what.chunks:,} of {what.chunk_rows:,} rows"),
         (
             "on",
-            f"{what.processes} process(es), {rules.num_threads()} threads each, {_native_simd()}",
+            f"{what.processes} process(es), "
+            + (
+                f"{rules.num_threads()} threads each, {_native_simd()}"
+                if what.device == "cpu"
+                else what.device
+            ),
         ),
         ("memory", f"about {max(1, what.memory_bytes / 1e6):,.0f} MB, and the program's own"),
         ("if stopped", "goes on from the last chunk" if what.resumable else "begins anew: short"),

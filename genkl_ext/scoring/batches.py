@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..rule import GenKL
 from .chunks import OnBadRow, score_rows
+from .gpu import require_name, scorer_of
 from .sources import first_of_other_length, list_rows, native
 from .tables import COLUMNS, LEFT_OUT
 
@@ -47,6 +48,7 @@ class BatchScorer:
         keep: columns of the input that stay, or the only one that does; all by default.
             ``keep="key"`` leaves out the predictions, which are most of the bytes.
         prefix: goes before the names of the new columns.
+        device: what scores: "cpu", "cuda" or "cuda:1" of the worker. The results are the same.
 
     Raises:
         TypeError, ValueError: settings that are wrong; a batch that is not as said, with the
@@ -60,6 +62,7 @@ class BatchScorer:
     on_bad_row: OnBadRow = "raise"
     keep: str | tuple[str, ...] | None = None
     prefix: str = ""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, GenKL):
@@ -68,6 +71,7 @@ class BatchScorer:
             raise ValueError(
                 f"BatchScorer: on_bad_row must be raise, nan or skip, got {self.on_bad_row!r}"
             )
+        require_name(self.device, "BatchScorer")
         for name in ("column", "keep"):
             value = getattr(self, name)
             if isinstance(value, str) or (name == "keep" and value is None):
@@ -179,6 +183,12 @@ class BatchScorer:
         if len(missing) and self.on_bad_row == "raise":
             name = next(n for n, (_, nulls) in zip(self._sources, parts, strict=True) if len(nulls))
             raise ValueError(f"BatchScorer: column {name} is null at row {missing[0]} of a batch")
+        gpu = scorer_of(self.rule, self.device, self.logits, self.validate)
+        scored = None
+        if gpu is not None and not len(missing):
+            scored = gpu.begin(gpu.stage(models)).result()
+        if scored is not None:
+            return {self.prefix + name: column for name, column in scored.items()}, None
         columns, bad = score_rows(
             models,
             self.rule,

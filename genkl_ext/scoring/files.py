@@ -16,11 +16,12 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,13 @@ from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
 from .chunks import OnBadRow, empty_rows, score_rows
+from .gpu import LANES, GpuScorer, Pending, device_of
 from .keys import BLOCK_ROWS, Keys, write_nc_list
 from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
 PathLike = str | os.PathLike[str]
+_T = TypeVar("_T")
 
 # Enough for every thread to have work for milliseconds, little enough to be no burden in memory.
 CHUNK_BYTES = 16 << 20
@@ -229,6 +232,7 @@ def score_files(
     raw: str | None = None,
     bad_rows: PathLike | None = None,
     begin_anew: bool = False,
+    device: str = "cpu",
     chunk_bytes: int = CHUNK_BYTES,
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -267,6 +271,9 @@ def score_files(
             its number, and its key after a tab where there are keys.
         begin_anew: throw away what an unfinished job on the same table, of other inputs or
             settings, has left.
+        device: what scores: "cpu"; "cuda", the GPU of this process's number among those on its
+            machine; "cuda:1". The results are the same. Reading is slower than either, so that a
+            GPU pays only where processors are few.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
         ranks: the processes of a job that share the rows and call this alike (``ranks.join``);
             by default this process scores all of them.
@@ -299,6 +306,8 @@ def score_files(
     ranks = ranks or Ranks()
     if ranks.size > 1 and table is None:
         raise ValueError("score: out must be given for several processes: there they meet")
+    where = device_of(device, ranks.local_rank)
+    gpu = None if where is None else GpuScorer(rule, where, logits, validate)
 
     with ExitStack() as stack:
         files = _open(paths, rule, stack, one_model, column, raw)
@@ -373,7 +382,7 @@ def score_files(
                         bad_between if on_bad_row == "skip" else None,
                     )
                 )
-            job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows)
+            job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows, gpu)
             # Others fill rows of the table, too, and nobody knows when.
             meanwhile = writer if ranks.size == 1 else None
             job.run(kept, meanwhile, ranks, progress)
@@ -429,6 +438,7 @@ class Plan:
     chunk_rows: int
     chunks: int
     processes: int
+    device: str
     resumable: bool  #: whether a killed job goes on
     memory_bytes: int  #: about so much beside the program, a key list and a Parquet row group
     output_bytes: int  #: of the scores before they are encoded
@@ -443,24 +453,27 @@ def plan(
     one_model: bool = False,
     column: str | Sequence[str] | None = None,
     raw: str | None = None,
+    device: str = "cpu",
     chunk_bytes: int = CHUNK_BYTES,
     ranks: Ranks | None = None,
 ) -> Plan:
     """What ``score_files`` would do with these arguments; one chunk is read and scored to tell.
 
     Raises:
-        OSError, ValueError: as ``score_files``, of the inputs.
+        OSError, ValueError: as ``score_files``, of the inputs and the device.
     """
     ranks = ranks or Ranks()
+    where = device_of(device, ranks.local_rank)
+    gpu = None if where is None else GpuScorer(rule, where, logits, False)
     with ExitStack() as stack:
         files = _open(_listed(inputs), rule, stack, one_model, column, raw)
         rows = files[0].shape[0]
         step = _batch_rows(files, chunk_bytes)
-        job = _Pass(files, rule, logits, False, "nan", None, step)
-        start = time.perf_counter()
-        models = job.read(0)
-        score_rows(models, rule, logits=logits, validate=False)
-        seconds = (time.perf_counter() - start) * rows / max(1, len(models[0])) / ranks.size
+        job = _Pass(files, rule, logits, False, "nan", None, step, gpu)
+        for _ in range(1 if gpu is None else 2):  # a GPU has to be started
+            start = time.perf_counter()
+            list(job.scored([(0, job.read_staged(0))]))
+            seconds = (time.perf_counter() - start) * rows / max(1, min(step, rows)) / ranks.size
         input_bytes = sum(file.nbytes for file in files)
         resumable = rows > 0 and (ranks.size > 1 or _is_long(rows, input_bytes))
         block = min(rows, BLOCK_ROWS) * _ROW_BYTES
@@ -474,6 +487,7 @@ def plan(
             chunk_rows=min(step, rows),
             chunks=-(-rows // step),
             processes=ranks.size,
+            device=device,
             resumable=resumable,
             # Two chunks in use, one score being kept; a block of the table, and Arrow's copy of it.
             memory_bytes=2 * min(input_bytes, chunk_bytes)
@@ -558,6 +572,7 @@ class _Pass:
     on_bad_row: OnBadRow
     leave_out: NDArray[np.bool_] | None
     batch_rows: int
+    gpu: GpuScorer | None = None
 
     def run(
         self,
@@ -569,7 +584,6 @@ class _Pass:
         """Score the batches to do. While this thread scores one, a second reads the next, and a
         third keeps the last and writes its rows."""
         rows = self.files[0].shape[0]
-        names = [file.name for file in self.files]
         done = kept.resumed
         if progress is not None and done:
             progress(done, rows)
@@ -581,28 +595,58 @@ class _Pass:
 
         with ThreadPoolExecutor(2, "genkl-score") as pool:
             written: Future[None] = pool.submit(lambda: None)
-            for batch, models in _read_ahead(pool, kept.todo, self.read):
-                first = batch * self.batch_rows
-                n = len(models[0])
-                missing = None
-                if self.leave_out is not None:
-                    missing = np.flatnonzero(self.leave_out[first : first + n])
-                columns, _ = score_rows(
-                    models,
-                    self.rule,
-                    logits=self.logits,
-                    validate=self.validate,
-                    missing=missing,
-                    on_bad_row=self.on_bad_row,
-                    names=names,
-                    first_row=first,
-                )
+            for batch, columns in self.scored(_read_ahead(pool, kept.todo, self.read_staged)):
                 written.result()
                 written = pool.submit(keep, batch, columns)
-                done += n * ranks.size  # the other processes are as far, more or less
+                done += len(columns["votes"]) * ranks.size  # the others are as far, more or less
                 if progress is not None:
                     progress(min(done, rows), rows)
             written.result()
+
+    def score(self, batch: int, models: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        """The columns of a batch, by the CPU."""
+        first = batch * self.batch_rows
+        missing = None
+        if self.leave_out is not None:
+            missing = np.flatnonzero(self.leave_out[first : first + len(models[0])])
+        columns, _ = score_rows(
+            models,
+            self.rule,
+            logits=self.logits,
+            validate=self.validate,
+            missing=missing,
+            on_bad_row=self.on_bad_row,
+            names=[file.name for file in self.files],
+            first_row=first,
+        )
+        return columns
+
+    def scored(
+        self, batches: Iterable[tuple[int, tuple[list[Any], list[Any]]]]
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """The columns of batches, in order."""
+        under_way: deque[tuple[int, list[Any], Pending | None]] = deque()
+        lanes = 0 if self.gpu is None else LANES - 1
+        for batch, (models, staged) in batches:
+            begun = self.gpu.begin(staged) if self.gpu is not None and staged else None
+            under_way.append((batch, models, begun))
+            if len(under_way) > lanes:
+                yield self._ended(*under_way.popleft())
+        while under_way:
+            yield self._ended(*under_way.popleft())
+
+    def _ended(
+        self, batch: int, models: list[Any], pending: Pending | None
+    ) -> tuple[int, dict[str, NDArray[Any]]]:
+        columns = None if pending is None else pending.result()
+        return batch, self.score(batch, models) if columns is None else columns
+
+    def read_staged(self, batch: int) -> tuple[list[Any], list[Any]]:
+        """The rows of a batch, and where a GPU finds them if it is to score them."""
+        models = self.read(batch)
+        first = batch * self.batch_rows
+        gaps = self.leave_out is not None and self.leave_out[first:][: len(models[0])].any()
+        return models, [] if self.gpu is None or gaps else self.gpu.stage(models)
 
     def read(self, batch: int) -> list[Any]:
         """The rows of a batch, of every model."""
@@ -612,8 +656,8 @@ class _Pass:
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, batches: Sequence[int], read: Callable[[int], list[Any]]
-) -> Iterator[tuple[int, list[Any]]]:
+    pool: ThreadPoolExecutor, batches: Sequence[int], read: Callable[[int], _T]
+) -> Iterator[tuple[int, _T]]:
     """The batches in order, each read while the one before is in use."""
     if not batches:
         return

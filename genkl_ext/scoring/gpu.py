@@ -1,0 +1,139 @@
+"""Chunks scored on a GPU: while one is scored there, the next is on its way.
+
+Results are those of the CPU, bit for bit, so a chunk with rows that hold no valid prediction is
+simply left to the CPU, which knows what to do with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..rule import GenKL
+from .tables import LEFT_OUT
+
+if TYPE_CHECKING:
+    import torch
+
+LANES = 2  # streams: one chunk is copied while another is scored
+
+
+def device_of(name: str, local_rank: int = 0) -> torch.device | None:
+    """The GPU that is meant; None for the CPU.
+
+    Args:
+        name: "cpu"; "cuda", the one of this process's number; "cuda:1".
+        local_rank: this process's number among those on this machine.
+
+    Raises:
+        ValueError: another name, or this machine has no such GPU.
+    """
+    require_name(name)
+    if name == "cpu":
+        return None
+    import torch
+
+    wanted = int(name[5:] or local_rank)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted >= there:
+        raise ValueError(f"score: device {name} needs GPU {wanted}, and this machine has {there}")
+    return torch.device("cuda", wanted)
+
+
+def require_name(name: str, caller: str = "score") -> None:
+    """Raise ``ValueError`` unless it is the name of a device."""
+    if name != "cpu" and not re.fullmatch("cuda(:[0-9]+)?", name):
+        raise ValueError(f"{caller}: device must be cpu, cuda or cuda:NUMBER, got {name!r}")
+
+
+class GpuScorer:
+    """Scores chunks on a device, several at a time.
+
+    Args:
+        rule: what to score with.
+        device: a GPU; torch's CPU gives the same results without any of the overlap.
+        logits: chunks hold logits.
+        validate: look for rows that are no predictions.
+    """
+
+    def __init__(self, rule: GenKL, device: torch.device, logits: bool, validate: bool) -> None:
+        import torch
+
+        self._rule, self._device = rule, device
+        self._logits, self._validate = logits, validate
+        self._cuda = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(LANES)] if self._cuda else []
+        self._turn = 0
+
+    def stage(self, models: Sequence[Any]) -> list[torch.Tensor]:
+        """Copies of M arrays or CPU tensors of (n, k), from which a GPU can fetch them while the
+        host goes on: in pinned memory, of which torch keeps what was used before."""
+        import torch
+
+        staged = []
+        for model in models:
+            is_array = isinstance(model, np.ndarray)
+            dtype = getattr(torch, model.dtype.name) if is_array else model.dtype
+            copy = torch.empty(model.shape, dtype=dtype, pin_memory=self._cuda)
+            if is_array:  # not by torch, which warns of arrays that are read-only
+                copy.numpy()[...] = model
+            else:
+                copy.copy_(model)
+            staged.append(copy)
+        return staged
+
+    def begin(self, staged: Sequence[torch.Tensor]) -> Pending:
+        """Have a chunk copied and scored; does not wait for it."""
+        import torch
+
+        lane: AbstractContextManager[Any] = nullcontext()
+        if self._cuda:
+            stream = self._streams[self._turn % LANES]
+            self._turn += 1
+            lane = torch.cuda.stream(stream)
+        with lane:
+            there = [tensor.to(self._device, non_blocking=True) for tensor in staged]
+            scores = self._rule._score(there, logits=self._logits, validate=self._validate)
+            columns = {name: self._back(getattr(scores, name)) for name in LEFT_OUT}
+            first_bad_row = self._back(torch.as_tensor(scores._first_bad_row))
+            done = stream.record_event() if self._cuda else None
+        return Pending(columns, first_bad_row, done)
+
+    def _back(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if not self._cuda or tensor.device.type == "cpu":
+            return tensor
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return here.copy_(tensor, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=8)
+def scorer_of(rule: GenKL, device: str, logits: bool, validate: bool) -> GpuScorer | None:
+    """One for all batches of a worker, which does not know that they belong together; None for
+    the CPU."""
+    where = device_of(device)
+    return None if where is None else GpuScorer(rule, where, logits, validate)
+
+
+class Pending:
+    """A chunk on its way."""
+
+    def __init__(
+        self, columns: dict[str, torch.Tensor], first_bad_row: torch.Tensor, done: Any
+    ) -> None:
+        self._columns, self._first_bad_row, self._done = columns, first_bad_row, done
+
+    def result(self) -> dict[str, NDArray[Any]] | None:
+        """Wait for it: the columns of ``tables.py``; None if a row is no valid prediction."""
+        if self._done is not None:
+            self._done.synchronize()
+        if int(self._first_bad_row) >= 0:
+            return None
+        return {name: np.asarray(column) for name, column in self._columns.items()}
