@@ -18,6 +18,14 @@ OnBadRow = Literal["raise", "nan", "skip"]
 _EDGE = 1e-3  # relative; nearer to the tolerance than this, only the kernel knows
 
 
+class BadRow(ValueError):
+    """A row holds no valid prediction; ``row`` is its number."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def score_rows(
     models: Sequence[Any],
     rule: GenKL,
@@ -46,7 +54,7 @@ def score_rows(
         bad rows, ascending.
 
     Raises:
-        ValueError: the first bad row, where it is to be raised.
+        BadRow: the first one, where it is to be raised.
     """
     rows = np.empty(0, np.int64) if missing is None else missing
     bad = np.empty(0, np.int64)
@@ -57,7 +65,8 @@ def score_rows(
         if first < 0:
             break
         if on_bad_row == "raise":
-            raise ValueError(_describe_bad_row(list(models), first, logits, names, first_row))
+            message = _describe_bad_row(list(models), first, logits, names, first_row)
+            raise BadRow(message, first_row + first)
         found = _bad_rows(valid, rule, logits)
         bad = np.union1d(bad, found if first in found else np.append(found, first))
         rows = np.union1d(rows, bad)

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from ..files import atomic_write, remove_leftovers_of, require_writable
 from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
-from .chunks import OnBadRow, empty_rows, score_rows
+from .chunks import BadRow, OnBadRow, empty_rows, score_rows
 from .gpu import LANES, GpuScorer, Pending, device_of
 from .keys import BLOCK_ROWS, Keys, write_nc_list
 from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
@@ -581,8 +582,8 @@ class _Pass:
         ranks: Ranks,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Score the batches to do. While this thread scores one, a second reads the next, and a
-        third keeps the last and writes its rows."""
+        """Score the batches to do. While this thread scores one, others read the next, and one
+        keeps the last and writes its rows."""
         rows = self.files[0].shape[0]
         done = kept.resumed
         if progress is not None and done:
@@ -593,11 +594,16 @@ class _Pass:
             if writer is not None:
                 writer.advance(min((batch + 1) * self.batch_rows, rows))
 
-        with ThreadPoolExecutor(2, "genkl-score") as pool:
-            written: Future[None] = pool.submit(lambda: None)
-            for batch, columns in self.scored(_read_ahead(pool, kept.todo, self.read_staged)):
+        ahead = min(file.concurrent_reads() for file in self.files)
+        with (
+            ThreadPoolExecutor(ahead, "genkl-read") as readers,
+            ThreadPoolExecutor(1, "genkl-keep") as keeper,
+        ):
+            written: Future[None] = keeper.submit(lambda: None)
+            batches = _read_ahead(readers, ahead, kept.todo, self.read_staged)
+            for batch, columns in self.scored(batches):
                 written.result()
-                written = pool.submit(keep, batch, columns)
+                written = keeper.submit(keep, batch, columns)
                 done += len(columns["votes"]) * ranks.size  # the others are as far, more or less
                 if progress is not None:
                     progress(min(done, rows), rows)
@@ -609,16 +615,21 @@ class _Pass:
         missing = None
         if self.leave_out is not None:
             missing = np.flatnonzero(self.leave_out[first : first + len(models[0])])
-        columns, _ = score_rows(
-            models,
-            self.rule,
-            logits=self.logits,
-            validate=self.validate,
-            missing=missing,
-            on_bad_row=self.on_bad_row,
-            names=[file.name for file in self.files],
-            first_row=first,
-        )
+        try:
+            columns, _ = score_rows(
+                models,
+                self.rule,
+                logits=self.logits,
+                validate=self.validate,
+                missing=missing,
+                on_bad_row=self.on_bad_row,
+                names=[file.name for file in self.files],
+                first_row=first,
+            )
+        except BadRow as error:
+            places = [(file.name, *file.where(error.row)) for file in self.files]
+            shards = ", ".join(f"row {row} of {shard}" for of, shard, row in places if shard != of)
+            raise ValueError(f"{error} ({shards})" if shards else str(error)) from None
         return columns
 
     def scored(
@@ -656,17 +667,18 @@ class _Pass:
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, batches: Sequence[int], read: Callable[[int], _T]
+    pool: ThreadPoolExecutor, ahead: int, batches: Sequence[int], read: Callable[[int], _T]
 ) -> Iterator[tuple[int, _T]]:
-    """The batches in order, each read while the one before is in use."""
-    if not batches:
-        return
-    coming = pool.submit(read, batches[0])
-    for batch, after in zip(batches, [*batches[1:], None], strict=True):
-        models = coming.result()
-        if after is not None:
-            coming = pool.submit(read, after)
-        yield batch, models
+    """The batches in order, so many being read while one is in use."""
+    coming: deque[Future[_T]] = deque()
+    todo = iter(batches)
+    try:
+        for batch in batches:
+            coming.extend(pool.submit(read, one) for one in islice(todo, ahead + 1 - len(coming)))
+            yield batch, coming.popleft().result()
+    finally:
+        for future in coming:
+            future.cancel()
 
 
 def _bad_rows(

@@ -36,6 +36,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rule import processors
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 SUFFIXES = (
     ".npy", ".npz", ".safetensors", ".parquet", ".arrow", ".feather", ".zarr", ".bin", ".raw",
@@ -55,6 +57,7 @@ _READER_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, MemoryError, OverflowError,
     EOFError, zlib.error,
 )  # fmt: skip
+_READS_NEAR, _READS_FAR = 4, 8  # at a time, of a file on disk, and of one behind a URL
 _PIECE_BYTES = 4 << 20  # of a row group that is decoded at a time
 _BUFFERS = 32 << 20  # bytes that are read of its columns at a time, all together
 _LEAST_BUFFER = 1 << 16
@@ -121,6 +124,14 @@ class Source(ABC):
             OSError: they cannot be read, or the file has become shorter.
         """
 
+    def where(self, row: int) -> tuple[str, int]:
+        """Name of the file that holds a row, and its number there."""
+        return self.name, row
+
+    def concurrent_reads(self) -> int:
+        """How many pieces are best read at a time; 1 where they are cheapest in order."""
+        return 1
+
     @abstractmethod
     def fingerprints(self) -> tuple[Fingerprint, ...]:
         """Of the files, in their order."""
@@ -175,6 +186,14 @@ class Bytes:
         self._remote, self._path = system, path
         self.size, self.modified = int(about["size"]), 0
         self.state = _identity(about)
+
+    @property
+    def concurrent_reads(self) -> int:
+        """A far file is waited for more than read; a near one is read faster than by one thread
+        where there are processors for it."""
+        if self._remote is not None:
+            return _READS_FAR
+        return max(1, min(_READS_NEAR, processors() // 2))
 
     @property
     def basename(self) -> str:
@@ -298,6 +317,9 @@ class Packed(_OneFile):
             rows = np.empty((n, k), self._stored)
             self._file.read_into(self._offset + start * k * size, _bytes(rows))
         return native(rows, self.dtype)
+
+    def concurrent_reads(self) -> int:
+        return self._file.concurrent_reads
 
 
 class Zipped(_OneFile):
@@ -617,6 +639,7 @@ class _Shard:
         with self.use() as source:
             self._state = source.state
             self.rows, self.dtype = source.shape[0], source.dtype
+            self.concurrent_reads = source.concurrent_reads()
             self.k = source.shape[1] if source.knows_k else None
 
     @contextmanager
@@ -718,6 +741,7 @@ class Shards(Source):
                         f"{first.dtype}, got {shard.k} of {shard.dtype}"
                     )
             self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+            self._concurrent_reads = min(shard.concurrent_reads for shard in self._shards)
             self.shape, self.dtype = (int(self._starts[-1]), first.k), first.dtype
             stack.pop_all()
 
@@ -745,8 +769,10 @@ class Shards(Source):
             return torch.cat(pieces)
         return np.concatenate(pieces)
 
+    def concurrent_reads(self) -> int:
+        return self._concurrent_reads
+
     def where(self, row: int) -> tuple[str, int]:
-        """Name of the shard that holds a row, and its number there."""
         shard = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._shards[shard].name, row - int(self._starts[shard])
 

@@ -8,6 +8,8 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +256,41 @@ def test_shards(tmp_path: Path, write: Write) -> None:
         np.testing.assert_array_equal(source.rows(0, 100), q)
     got = gk.score_files(listed, rule, one_model=True)
     np.testing.assert_array_equal(got.scores.votes, rule.score(q).votes)
+
+
+def test_the_shard_of_a_bad_row(tmp_path: Path) -> None:
+    for i in range(3):
+        q = rows(20, seed=i)
+        q[4:] = np.nan if i == 1 else q[4:]
+        np.save(tmp_path / f"p-{i}.npy", q)
+    message = rf"{tmp_path.name} must be .* got nan at row 24, class 0 \(row 4 of .*p-1\.npy\)$"
+    with pytest.raises(ValueError, match=message):
+        gk.score_files(tmp_path, RULE, chunk_bytes=200)
+
+
+@pytest.mark.parametrize("reads", [2, 7])
+def test_pieces_that_come_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    """Several are read at a time, and the first of them last."""
+    q = rows(600)
+    np.save(tmp_path / "p.npy", q)
+    read, lock, under_way, most = sources.Packed.rows, threading.Lock(), [0], [0]
+
+    def slow(self: sources.Packed, start: int, stop: int) -> Any:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.004 if start // 20 % 2 == 0 else 0)
+        with lock:
+            under_way[0] -= 1
+        return read(self, start, stop)
+
+    monkeypatch.setattr(sources.Packed, "rows", slow)
+    monkeypatch.setattr(sources.Packed, "concurrent_reads", lambda _: reads)
+    got = gk.score_files(tmp_path / "p.npy", RULE, tmp_path / "t.npy", chunk_bytes=20 * 4 * K)
+    np.testing.assert_array_equal(got.scores.critical_alpha, RULE.score(q).critical_alpha)
+    assert 1 < most[0] <= reads
 
 
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
