@@ -57,6 +57,7 @@ _READER_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, MemoryError, OverflowError,
     EOFError, zlib.error,
 )  # fmt: skip
+_DEFLATE_RATIO = 1032  # that of endless zeros; nothing is smaller
 _READS_NEAR, _READS_FAR = 4, 8  # at a time, of a file on disk, and of one behind a URL
 _PIECE_BYTES = 4 << 20  # of a row group that is decoded at a time
 _BUFFERS = 32 << 20  # bytes that are read of its columns at a time, all together
@@ -351,6 +352,12 @@ class Zipped(_OneFile):
         if member.file_size != wanted:
             raise ValueError(
                 f"score: {file.name}: {name} must take {wanted} bytes, got {member.file_size}"
+            )
+        packed = member.compress_size
+        if member.compress_type == zipfile.ZIP_DEFLATED and wanted > _DEFLATE_RATIO * (packed + 1):
+            raise ValueError(
+                f"score: {file.name}: {name} must take {wanted} bytes, which its {packed} bytes in "
+                "the archive cannot hold"
             )
 
     def rows(self, start: int, stop: int) -> Any:

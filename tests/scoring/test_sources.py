@@ -258,6 +258,24 @@ def test_shards(tmp_path: Path, write: Write) -> None:
     np.testing.assert_array_equal(got.scores.votes, rule.score(q).votes)
 
 
+def test_an_archive_that_says_more_than_it_can_hold(tmp_path: Path) -> None:
+    """A row of gigabytes is not allocated to see whether it is there; the best packed is read."""
+    size = 0xFFFFFFF0
+    start = npy(descr="<f4", fortran_order=False, shape=(1, (size - 76) // 4))
+    assert len(start) == 76
+    content = npz(a=start + bytes(400))
+    stated = (len(start) + 400).to_bytes(4, "little")
+    assert content.count(stated) == 2
+    path = tmp_path / "p.npz"
+    path.write_bytes(content.replace(stated, size.to_bytes(4, "little")))
+    message = r"p\.npz: a must take 4294967280 bytes, which its .* cannot hold"
+    with pytest.raises(ValueError, match=message):
+        open_source(path)
+    np.savez_compressed(path, a=np.zeros((1 << 22, 4)))
+    with open_source(path) as source:
+        assert source.rows(5, 7).tolist() == [[0] * 4] * 2
+
+
 def test_the_shard_of_a_bad_row(tmp_path: Path) -> None:
     for i in range(3):
         q = rows(20, seed=i)
