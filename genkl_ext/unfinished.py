@@ -1,11 +1,13 @@
 """``Unfinished``: a file of rows that the processes of a job fill, batch by batch.
 
     .NAME.partial      the file as it will be; rows that are not there yet are 0
-    .NAME.journal-R    what process R has filled: finished batches, and what was noted of them
+    .NAME.journal-R    what process R has filled: finished batches, the CRC-32 of each, and what
+                       was noted of them
 
 Both lie beside the target, and neither is left when it is complete. A job that is started again,
 with any number of processes, takes up what is there if it would fill the same file. If not, it is
-refused, or begins anew where it was told to.
+refused, or begins anew where it was told to. Batches that are not as they were written are filled
+again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import glob
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,7 +60,8 @@ class Unfinished:
             left work, and ``begin_anew`` is not given.
 
     Warns:
-        UserWarning: what a job with other settings had left was thrown away.
+        UserWarning: what a job with other settings had left was thrown away; some of what this
+            job had left is damaged.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Unfinished:
         self._size = len(header) + rows * row_bytes
         self._batches = -(-rows // batch_size)
         self._parts: list[Any] = []  # of the journal
-        self._filled: list[int] = []  # since the last part
+        self._filled: list[tuple[int, int]] = []  # since the last part: batch, its CRC-32
         self._fresh: list[Noted] = []  # noted since the last part
         self._marked = time.monotonic()
         self.noted: list[Noted] = []
@@ -132,11 +136,12 @@ class Unfinished:
             noted: what there is to say of some of them.
         """
         view = memoryview(content).cast("B") if memoryview(content).nbytes else memoryview(b"")
+        crc = zlib.crc32(view)
         offset = len(self._header) + batch * self._batch_bytes
         while view:
             written = os.pwrite(self._file, view, offset)
             view, offset = view[written:], offset + written
-        self._filled.append(batch)
+        self._filled.append((batch, crc))
         self._fresh += noted
         if time.monotonic() - self._marked >= MARK_SECONDS:
             self._mark()
@@ -180,6 +185,8 @@ class Unfinished:
         if self._ranks.first:
             self._gather()
             finished, noted = _sum_up(self._parts)
+            if self._ranks.size > 1:  # and perhaps on several machines
+                finished = self._intact(finished)
             if len(finished) != self._batches:
                 raise OSError(
                     f"cannot write {self._target}: only {len(finished)} of {self._batches} batches "
@@ -217,7 +224,14 @@ class Unfinished:
         finished, self.noted = _sum_up(self._parts)
         there = self.partial.is_file() and self.partial.stat().st_size == self._size
         if finished and there:
-            return finished
+            intact = self._intact(finished)
+            if len(intact) < len(finished):
+                warnings.warn(
+                    f"{self._name}: {len(finished) - len(intact)} batches of the unfinished "
+                    f"{self._target.name} are damaged; they are made again",
+                    stacklevel=4,
+                )
+            return sorted(intact)
         if thrown_away:
             warnings.warn(
                 f"{self._name}: an unfinished {self._target.name} was of other inputs or "
@@ -228,6 +242,17 @@ class Unfinished:
         self._note(_VOID)  # before the new file is there: it is empty
         self._create()
         return []
+
+    def _intact(self, finished: dict[int, int]) -> dict[int, int]:
+        """Those of finished batches that are in the file as they were written."""
+        intact = {}
+        with self.partial.open("rb", buffering=0) as file:
+            for batch, crc in sorted(finished.items()):
+                file.seek(len(self._header) + batch * self._batch_bytes)
+                content = file.read(min(self._batch_bytes, self._size - file.tell()))
+                if zlib.crc32(content) == crc:
+                    intact[batch] = crc
+        return intact
 
     def _gather(self) -> bool:
         """Move the parts of the other processes' journals, which have ended, into this one's.
@@ -293,9 +318,9 @@ def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
     return found
 
 
-def _sum_up(parts: list[Any]) -> tuple[list[int], list[Noted]]:
-    """Finished batches and what was noted, each in order."""
-    finished: set[int] = set()
+def _sum_up(parts: list[Any]) -> tuple[dict[int, int], list[Noted]]:
+    """Finished batches with the CRC-32 of each, and what was noted, by row."""
+    finished: dict[int, int] = {}
     noted: dict[int, Noted] = {}
     for part in parts:
         if part is _VOID:
@@ -304,4 +329,4 @@ def _sum_up(parts: list[Any]) -> tuple[list[int], list[Noted]]:
             continue
         finished.update(part["batches"])
         noted.update((item[0], item) for item in part["noted"])
-    return sorted(finished), [noted[row] for row in sorted(noted)]
+    return finished, [noted[row] for row in sorted(noted)]

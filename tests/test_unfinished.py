@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from genkl_ext import unfinished as unfinished_module
 from genkl_ext.ranks import Ranks
 from genkl_ext.unfinished import Unfinished
 
@@ -52,7 +53,9 @@ def test_shares_of_what_is_left(tmp_path: Path) -> None:
         assert file.resumed == 5  # the last batch has one row
 
 
-def test_work_of_another_job_is_refused(tmp_path: Path) -> None:
+def test_work_of_another_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished_module, "MARK_SECONDS", 0)
+
     def start(about: dict[str, Any], **more: Any) -> Unfinished:
         return Unfinished(
             tmp_path / "q.npy", about, rows=5, row_bytes=1, batch_size=2, ranks=Ranks(),
@@ -65,7 +68,6 @@ def test_work_of_another_job_is_refused(tmp_path: Path) -> None:
     other = {"rule": {"alpha": 1.1, "seed": 0}, "inputs": [{"name": "q"}], "models": 1}
     with start(other) as file:
         file.write(1, b"ab")
-        file.gather()
     content = (tmp_path / ".q.npy.partial").read_bytes()
     assert content == b"\0\0ab\0"
     message = (
@@ -81,3 +83,29 @@ def test_work_of_another_job_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="begun anew"), start(mine, begin_anew=True) as file:
         assert file.todo == [0, 1, 2]
     assert (tmp_path / ".q.npy.partial").read_bytes() == bytes(5)
+
+
+def test_damaged_batches_are_filled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished_module, "MARK_SECONDS", 0)
+
+    def start() -> Unfinished:
+        return Unfinished(
+            tmp_path / "q.npy", ABOUT, rows=7, row_bytes=1, batch_size=2, ranks=Ranks(),
+            header=b"head",
+        )  # fmt: skip
+
+    with start() as file:
+        for batch, content in enumerate([b"ab", b"\0\0", b"ef", b"g"][:3]):
+            file.write(batch, content)
+    partial = tmp_path / ".q.npy.partial"
+    assert partial.read_bytes() == b"headab\0\0ef\0"
+    partial.write_bytes(b"headab\0\0Ef\0")
+    message = r"^predict: 1 batches of the unfinished q\.npy are damaged; they are made again$"
+    with pytest.warns(UserWarning, match=message), start() as file:
+        assert (file.todo, file.resumed) == ([2, 3], 4)
+        file.write(2, b"EF")
+    with start() as file:  # the last word on a batch counts
+        assert (file.todo, file.resumed) == ([3], 6)
+        file.write(3, b"g")
+        file.complete()
+    assert (tmp_path / "q.npy").read_bytes() == b"headab\0\0EFg"

@@ -441,7 +441,7 @@ class Plan:
     processes: int
     device: str
     resumable: bool  #: whether a killed job goes on
-    memory_bytes: int  #: about so much beside the program, a key list and a Parquet row group
+    memory_bytes: int  #: about so much beside the program
     output_bytes: int  #: of the scores before they are encoded
     seconds: float  #: of reading and scoring, from the first chunk; writing may be slower
 
@@ -478,6 +478,7 @@ def plan(
         input_bytes = sum(file.nbytes for file in files)
         resumable = rows > 0 and (ranks.size > 1 or _is_long(rows, input_bytes))
         block = min(rows, BLOCK_ROWS) * _ROW_BYTES
+        ahead = min(file.concurrent_reads() for file in files)
         return Plan(
             rows=rows,
             num_classes=rule.num_classes,
@@ -490,8 +491,8 @@ def plan(
             processes=ranks.size,
             device=device,
             resumable=resumable,
-            # Two chunks in use, one score being kept; a block of the table, and Arrow's copy of it.
-            memory_bytes=2 * min(input_bytes, chunk_bytes)
+            # Chunks being read, one being scored; a block of the table, and Arrow's copy of it.
+            memory_bytes=min(input_bytes, (ahead + 1) * chunk_bytes)
             + 3 * block
             + (0 if resumable else rows * _ROW_BYTES),
             output_bytes=rows * (_ROW_BYTES + 8),
