@@ -71,9 +71,9 @@ def test_work_of_another_job_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     content = (tmp_path / ".q.npy.partial").read_bytes()
     assert content == b"\0\0ab\0"
     message = (
-        r"^score: an unfinished q\.npy, of which 1 batches are done, is of other inputs or settings "
-        r"\(inputs, models, rule\.alpha 1\.1, not 1\.0, version\): start that job again to finish it, "
-        r"or give begin_anew \(--begin-anew\) to throw it away$"
+        r"^score: an unfinished q\.npy, of which 1 batches are done, is of other inputs or "
+        r"settings \(inputs, models, rule\.alpha 1\.1, not 1\.0, version\): start that job again to "
+        r"finish it, or give begin_anew \(--begin-anew\) to throw it away$"
     )
     with pytest.raises(ValueError, match=message):
         start(mine)
