@@ -43,6 +43,7 @@ def score(
     seed: int | None = None,
     logits: bool = False,
     keys: Path | None = None,
+    key_column: str | None = None,
     nc_list: Path | None = None,
     on_bad_row: Literal["raise", "nan", "skip"] = "raise",
     bad_rows: Path | None = None,
@@ -76,7 +77,8 @@ def score(
         seed: seed of the uniform-like vectors; by default the preset's or 0
         logits: the files hold logits, not probabilities
         keys: text file with one key per row, for a key column
-        nc_list: text file to write the keys of the NC rows to; needs --keys
+        key_column: column of the input tables that holds the keys, in place of --keys
+        nc_list: text file to write the keys of the NC rows to; needs --keys or --key-column
         on_bad_row: what a row does that is no valid prediction: end the job, be in the table
             without a score, or not be in it
         bad_rows: text file to write the rows to that are none: number, and key where there are keys
@@ -95,8 +97,10 @@ def score(
         genkl score probs/ --column probs --preset webvision --on-bad-row nan -o scores.parquet
         genkl score p.npy --preset food101n --keys keys.txt --nc-list nc_set.txt -o scores.parquet
     """
-    if nc_list is not None and keys is None:
-        raise UsageError("--nc-list needs --keys")
+    if keys is not None and key_column is not None:
+        raise UsageError("--keys and --key-column must not be given together")
+    if nc_list is not None and keys is None and key_column is None:
+        raise UsageError("--nc-list needs --keys or --key-column")
     settings = {
         "num_classes": num_classes,
         "alpha": alpha,
@@ -123,6 +127,7 @@ def score(
             rule,
             out,
             keys=keys,
+            key_column=key_column,
             nc_list=nc_list,
             validate=not no_validate,
             on_bad_row=on_bad_row,

@@ -34,7 +34,7 @@ from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
 from .chunks import BadRow, OnBadRow, empty_rows, score_rows
 from .gpu import LANES, GpuScorer, Pending, device_of
-from .keys import BLOCK_ROWS, Keys, write_nc_list
+from .keys import BLOCK_ROWS, MOST_REPEATS, KeyColumn, KeyList, Keys, write_nc_list
 from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
@@ -223,6 +223,7 @@ def score_files(
     out: PathLike | None = None,
     *,
     keys: PathLike | None = None,
+    key_column: str | None = None,
     nc_list: PathLike | None = None,
     logits: bool = False,
     validate: bool = True,
@@ -257,8 +258,10 @@ def score_files(
         out: the table to write: ``.parquet``, ``.csv`` or ``.npy`` (``tables.py`` names its
             columns). An existing file is replaced.
         keys: text file with one key per row; the table gets a ``key`` column.
+        key_column: in place of ``keys``: the column of the first model's Parquet or Arrow files
+            that holds them, as text or integers.
         nc_list: text file to write the keys of the NC rows to, in file order, one per line;
-            ``empty_set`` if there is none. Needs ``keys``.
+            ``empty_set`` if there is none. Needs ``keys`` or ``key_column``.
         logits: the files hold logits; their softmax is taken in the same pass.
         validate: check every row in the same pass, as ``GenKL.score`` does.
         on_bad_row: what a row that is no valid prediction does: "raise"; "nan": it is in the table
@@ -302,8 +305,10 @@ def score_files(
         _check_not_among(table, paths)
     list_ = _check_output("nc_list", nc_list, [*files_in, keys, bad_rows])
     bad_list = _check_output("bad_rows", bad_rows, [*files_in, keys])
-    if list_ is not None and keys is None:
-        raise ValueError("score: nc_list needs keys, the text file with one key per row")
+    if keys is not None and key_column is not None:
+        raise ValueError(f"score: keys must not be given with key_column {key_column!r}")
+    if list_ is not None and keys is None and key_column is None:
+        raise ValueError("score: nc_list needs keys, or the key_column of the inputs")
     ranks = ranks or Ranks()
     if ranks.size > 1 and table is None:
         raise ValueError("score: out must be given for several processes: there they meet")
@@ -315,7 +320,14 @@ def score_files(
         rows = files[0].shape[0]
         if leave_out is not None:
             _check_mask(leave_out, rows)
-        key_list = None if keys is None else _read_keys(keys, rows)
+        key_list: KeyList | None = None
+        if keys is not None:
+            key_list = stack.enter_context(Keys(keys, rows))
+        elif key_column is not None:
+            of_model = paths if one_model else paths[:1]
+            key_list = stack.enter_context(KeyColumn(of_model, key_column, rows))
+        if key_list is not None and ranks.first:
+            _warn_of_repeats(key_list, None if table is None else table.parent)
         fingerprints = tuple(f for file in files for f in file.fingerprints())
         settings = {
             "version": __version__,
@@ -389,6 +401,8 @@ def score_files(
             job.run(kept, meanwhile, ranks, progress)
             for file in files:
                 file.check_unchanged()
+            if key_list is not None:
+                key_list.check_unchanged()
             kept.gather()
             scored = time.perf_counter()
             counts = [0, 0]
@@ -696,7 +710,7 @@ def _write_bad_rows(
     path: Path,
     bad_between: Callable[[int, int], NDArray[np.int64]],
     rows: int,
-    keys: Keys | None,
+    keys: KeyList | None,
 ) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for start in range(0, rows, BLOCK_ROWS):
@@ -766,16 +780,16 @@ def _same(a: Path, b: Path) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def _read_keys(path: PathLike, rows: int) -> Keys:
-    keys = Keys(path, rows)
-    repeats = keys.repeats()
+def _warn_of_repeats(keys: KeyList, folder: Path | None) -> None:
+    repeats = keys.repeats(folder)
     if repeats:
+        count = f"{'at least ' if len(repeats) == MOST_REPEATS else ''}{len(repeats)} keys"
+        row = repeats[0]
+        where = f"line {row + 1}" if isinstance(keys, Keys) else f"row {row}"
         warnings.warn(
-            f"{keys.path}: {len(repeats)} keys appear more than once, "
-            f"first {keys[repeats[0]]!r} in line {repeats[0] + 1}",
+            f"{keys.name}: {count} appear more than once, first {keys[row]!r} in {where}",
             stacklevel=3,
         )
-    return keys
 
 
 def _plain(value: Any) -> Any:

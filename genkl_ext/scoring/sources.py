@@ -29,6 +29,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -42,6 +43,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 SUFFIXES = (
     ".npy", ".npz", ".safetensors", ".parquet", ".arrow", ".feather", ".zarr", ".bin", ".raw",
 )  # fmt: skip
+_TABLES = (".parquet", ".arrow", ".feather")
 SAMPLE_BLOCKS = 64
 SAMPLE_BYTES = 1 << 16
 OPEN_SHARDS = 64  # of all sources together; each takes up to two file descriptors
@@ -564,6 +566,44 @@ class Table(_OneFile):
         self.shape, self.knows_k = (self.shape[0], k), True
 
 
+class Text(Table):
+    """A column of text, or of integers as text, in a Parquet or Arrow file: (N, 1) objects."""
+
+    def _kind(self, schema: Any) -> None:
+        import pyarrow as pa
+
+        (name,) = self._columns
+        kind = _stored(schema.field(name).type)
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+        if not any(is_so(value) for is_so in texts):
+            raise ValueError(
+                f"score: {self.name}: column {name} must hold text or integers, got {kind}"
+            )
+        self.dtype, self.shape = "object", (int(self._starts[-1]), 1)
+
+    def _decode(self, batch: Any, group: int, first: int) -> NDArray[Any]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        (column,) = self._arrays(batch)
+        with _damage(self.name):
+            if isinstance(column, pa.DictionaryArray):
+                column = column.dictionary_decode()
+            text = column.cast(pa.large_string())
+            broken = pc.or_(
+                pc.equal(pc.binary_length(text), 0), pc.match_substring_regex(text, "[\r\n]")
+            )
+            wrong = pc.index(pc.fill_null(broken, True), True).as_py()
+            rows: NDArray[Any] = text.to_numpy(zero_copy_only=False).reshape(-1, 1)
+        if wrong >= 0:
+            raise ValueError(
+                f"score: {self.name}: column {self._columns[0]} must hold text of one line, got "
+                f"{rows[wrong, 0]!r} at row {int(self._starts[group]) + first + wrong}"
+            )
+        return rows
+
+
 class Zarr(Source):
     """An array of a Zarr store.
 
@@ -632,11 +672,9 @@ class Zarr(Source):
 class _Shard:
     """A file of several: open while its rows are read, and afterwards as one of the last used."""
 
-    def __init__(
-        self, name: str, column: str | Sequence[str] | None, raw: tuple[str, int] | None
-    ) -> None:
+    def __init__(self, name: str, open_one: Callable[[str], Source]) -> None:
         self.name = name
-        self._column, self._raw = column, raw
+        self._open_one = open_one
         self._lock = Lock()
         self._source: Source | None = None
         self._users = 0
@@ -689,7 +727,7 @@ class _Shard:
                 self._source = None
 
     def _open(self) -> Source:
-        source = _open_one(self.name, self._column, self._raw)
+        source = self._open_one(self.name)
         try:
             if self._state is not None:
                 _require_state(self.name, source.state, self._state)
@@ -723,19 +761,13 @@ class Shards(Source):
     have open files. A shard that changed in between is an error.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        name: str,
-        column: str | Sequence[str] | None = None,
-        raw: tuple[str, int] | None = None,
-    ) -> None:
+    def __init__(self, names: Sequence[str], name: str, open_one: Callable[[str], Source]) -> None:
         self.name = name
         self._shards: list[_Shard] = []
         with ExitStack() as stack:
             stack.callback(self.close)
             for one in names:
-                self._shards.append(_Shard(one, column, raw))
+                self._shards.append(_Shard(one, open_one))
             first = next((shard for shard in self._shards if shard.k is not None), None)
             if first is None or first.k is None:
                 raise _no_k(name)
@@ -817,7 +849,7 @@ def open_source(
     name = os.fspath(path)
     names = _expand(name)
     if names is not None:
-        return Shards(names, name, column, raw)
+        return Shards(names, name, partial(_open_one, column=column, raw=raw))
     source = _open_one(name, column, raw)
     if not source.knows_k:
         source.close()
@@ -832,9 +864,24 @@ def open_shards(
     raw: tuple[str, int] | None = None,
 ) -> Source:
     """Several files as the predictions of one model, in this order."""
+    return _shards(paths, partial(_open_one, column=column, raw=raw))
+
+
+def open_text(paths: Sequence[PathLike], column: str) -> Source:
+    """A column of text of the same files, (N, 1) objects.
+
+    Raises:
+        OSError, ValueError: as :func:`open_source`. Of the text itself, once it is read: a null, an
+        empty one, and one of several lines are refused.
+    """
+    return _shards(paths, partial(_open_text, column=column))
+
+
+def _shards(paths: Sequence[PathLike], open_one: Callable[[str], Source]) -> Source:
     names = [os.fspath(path) for path in paths]
     shards = [one for name in names for one in (_expand(name) or [name])]
-    return Shards(shards, f"{names[0]} and {len(names) - 1} more", column, raw)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return Shards(shards, names[0] + more, open_one)
 
 
 def open_models(
@@ -962,11 +1009,22 @@ def _open_one(name: str, column: str | Sequence[str] | None, raw: tuple[str, int
             return _open_npz(file, one)
         if suffix == ".safetensors":
             return _open_safetensors(file, one)
-        if suffix in (".parquet", ".arrow", ".feather"):
+        if suffix in _TABLES:
             return Table(file, [column] if isinstance(column, str) else column)
         if suffix in (".bin", ".raw"):
             return _open_raw(file, raw)
         return _open_npy(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open_text(name: str, column: str) -> Source:
+    if not name.lower().endswith(_TABLES):
+        raise ValueError(f"score: {name} must be one of {', '.join(_TABLES)} to have key columns")
+    file = Bytes(name)
+    try:
+        return Text(file, [column])
     except BaseException:
         file.close()
         raise
@@ -1130,7 +1188,9 @@ def _arrow(handle: Any) -> tuple[_Reader, NDArray[np.int64], Any]:
         rows.append(batch.num_rows)
 
     def read(group: int, names: Sequence[str]) -> Iterator[Any]:
-        return iter([file.get_batch(group).select(list(names))])
+        wanted = sorted(file.schema.get_field_index(name) for name in names)  # no other is read
+        options = pa.ipc.IpcReadOptions(included_fields=wanted)
+        yield pa.ipc.open_file(handle, options=options).get_batch(group)
 
     return read, np.cumsum([0, *rows]), file.schema
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import settings_of
-from .keys import BLOCK_ROWS, Keys
+from .keys import BLOCK_ROWS, KeyList
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +82,7 @@ class TableWriter:
         self,
         path: Path,
         columns: Mapping[str, Any],
-        keys: Keys | None,
+        keys: KeyList | None,
         settings: Mapping[str, Any],
         skip: Callable[[int, int], NDArray[np.int64]] | None = None,
     ) -> None:

@@ -115,7 +115,14 @@ def test_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("q.npy -o t.csv --alpha 1 --sigma 0", "without --preset, --beta must be given"),
         ("q.npy -o t.csv --preset x", "argument --preset: invalid choice: 'x'"),
         ("q.npy --preset clothing1m", "the following arguments are required: out"),
-        ("p0.npy -o t.csv --preset clothing1m --nc-list l.txt", "--nc-list needs --keys"),
+        (
+            "p0.npy -o t.csv --preset clothing1m --nc-list l.txt",
+            "--nc-list needs --keys or --key-column",
+        ),
+        (
+            "p0.npy -o t.csv --preset clothing1m --keys l.txt --key-column key",
+            "--keys and --key-column must not be given together",
+        ),
     ],
 )
 def test_wrong_usage(

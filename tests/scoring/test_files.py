@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
@@ -185,6 +186,65 @@ def test_one_block_is_written_at_a_time_and_in_order(
     score_files(path, RULE, tmp_path / "t.parquet", chunk_bytes=40 * 30)
     expected = [(what, row) for row in (30, 60, 90, 100) for what in ("begin", "end")]
     assert events[:8] == expected and set(events[8:]) <= set(expected[6:])
+
+
+@pytest.mark.parametrize("one_model", [True, False])
+@pytest.mark.parametrize("out", ["t.parquet", "t.csv", "t.npy"])
+def test_keys_in_the_table_of_predictions(
+    tmp_path: Path, predict: Predict, out: str, one_model: bool
+) -> None:
+    """The outputs are those of the same keys in a text file."""
+    keys = [f"images/ä{i * 7 % 500}.jpg" for i in range(500)]
+    (tmp_path / "keys.txt").write_text("\n".join(keys), encoding="utf-8")
+    array = predict(500)
+    array[3] = np.nan
+    paths = [tmp_path / f"p{i}.parquet" for i in range(2)]
+    for i, path in enumerate(paths):
+        # Two shards of 250 rows, or two models of 500; only the first model's keys are read.
+        rows = slice(i * 250, i * 250 + 250) if one_model else slice(0, 500)
+        probs = pa.FixedSizeListArray.from_arrays(array[rows].reshape(-1), 10)
+        names = keys[rows] if one_model or i == 0 else ["other"] * 500
+        pq.write_table(pa.table({"key": names, "probs": probs}), path, row_group_size=70)
+    written = []
+    for name, given in (
+        ("text", {"keys": tmp_path / "keys.txt"}),
+        ("column", {"key_column": "key"}),
+    ):
+        (tmp_path / name).mkdir()
+        lists = [tmp_path / name / f for f in (out, "nc_set.txt", "bad.txt")]
+        score_files(
+            paths, RULE, lists[0], nc_list=lists[1], bad_rows=lists[2], on_bad_row="nan",
+            one_model=one_model, **given,
+        )  # fmt: skip
+        written.append([path.read_bytes() for path in lists])
+    if out == "t.parquet":
+        assert read_settings(tmp_path / "column" / out)["keys"] == {"column": "key"}
+        for name, content in zip(("text", "column"), written, strict=True):
+            content[0] = str(pq.read_table(tmp_path / name / out).to_pydict()).encode()
+    assert written[0] == written[1]
+    assert written[1][2] == f"3\t{keys[3]}\n".encode()
+
+
+def test_keys_are_of_one_place(tmp_path: Path, predict: Predict) -> None:
+    (path,) = save(tmp_path, predict(4))
+    with pytest.raises(ValueError, match=r"^score: keys must not be given with key_column 'key'$"):
+        score_files(path, RULE, keys=tmp_path / "keys.txt", key_column="key")
+    with pytest.raises(ValueError, match=r"p0\.npy must be one of .* to have key columns$"):
+        score_files(path, RULE, key_column="key")
+
+
+def test_key_list_that_changes_during_the_job(tmp_path: Path, predict: Predict) -> None:
+    (path,) = save(tmp_path, predict(4))
+    keys, out = tmp_path / "keys.txt", tmp_path / "t.csv"
+    keys.write_text("a\nb\nc\nd\n")
+
+    def change(done: int, rows: int) -> None:
+        keys.write_text("b\na\nc\nd\n")
+        os.utime(keys, ns=(1, 1))
+
+    with pytest.raises(ValueError, match=r"^score: .*keys\.txt was changed while it was read$"):
+        score_files(path, RULE, out, keys=keys, progress=change)
+    assert not out.exists()
 
 
 def test_repeated_keys_are_reported(tmp_path: Path, predict: Predict) -> None:
