@@ -59,6 +59,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file into an ``OSError`` of this block that does not say which file it is about:
+    those of an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None and os.fspath(path) not in str(error):
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder to fill; put it in place as ``path`` when the block ends well.
 
@@ -159,8 +171,12 @@ def open_locked(path: Path) -> int:
         except BlockingIOError:
             os.close(file)
             break
-        except OSError:
-            return file  # some network file systems have no locks
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                return file  # some network file systems have no locks
+            os.close(file)
+            error.filename = os.fspath(path)
+            raise
         os.close(file)
     raise OSError(f"{path} is in use by another process at work on it")
 
@@ -192,13 +208,16 @@ def _create_beside(target: Path) -> Path:
 
 
 def _stem(target: Path) -> str:
-    return target.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+    # Names need not be UTF-8, and a shortened one must not end within a letter.
+    short = os.fsencode(target.stem)[:_LONGEST_STEM]
+    return short.decode(errors="ignore") if len(short) == _LONGEST_STEM else target.stem
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .files import open_locked
+from .files import naming, open_locked
 
 
 class OtherJob(ValueError):
@@ -51,13 +51,15 @@ class Journal:
         self._path = path
         self._file = open_locked(path)
         try:
-            found, size = _read(path)
+            with naming(path):
+                found, size = _read(path)
             mine = bool(found) and found[0] == about
             self.parts: list[Any] = found[1:] if mine else []
             self.begun_anew = len(found) > 1 and not mine
             if self.begun_anew and not begin_anew:
                 raise OtherJob(path, found[0], found[1:])
-            os.ftruncate(self._file, size if mine else 0)
+            with naming(path):
+                os.ftruncate(self._file, size if mine else 0)
             if not mine:
                 self.append(about)
         except BaseException:
@@ -68,8 +70,14 @@ class Journal:
         """Add a part, as JSON knows it. A killed process loses nothing; a machine that loses its
         power may lose the last parts."""
         line = _line(part)
-        if os.write(self._file, line) != len(line):
-            raise OSError(f"cannot write {self._path}: the disk is full")
+        while line:
+            with naming(self._path):
+                line = line[os.write(self._file, line) :]
+
+    def sync(self) -> None:
+        """Have what was added survive a loss of power."""
+        with naming(self._path):
+            os.fdatasync(self._file)
 
     def remove(self) -> None:
         """Delete the file: the job is done."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import sync_folder, writable_target
+from .files import naming, sync_folder, writable_target
 from .journal import Journal, OtherJob
 from .ranks import Ranks
 
@@ -139,7 +139,8 @@ class Unfinished:
         crc = zlib.crc32(view)
         offset = len(self._header) + batch * self._batch_bytes
         while view:
-            written = os.pwrite(self._file, view, offset)
+            with naming(self.partial):
+                written = os.pwrite(self._file, view, offset)
             view, offset = view[written:], offset + written
         self._filled.append((batch, crc))
         self._fresh += noted
@@ -240,13 +241,14 @@ class Unfinished:
             )
         self.noted = []
         self._note(_VOID)  # before the new file is there: it is empty
+        self._journal.sync()
         self._create()
         return []
 
     def _intact(self, finished: dict[int, int]) -> dict[int, int]:
         """Those of finished batches that are in the file as they were written."""
         intact = {}
-        with self.partial.open("rb", buffering=0) as file:
+        with naming(self.partial), self.partial.open("rb") as file:
             for batch, crc in sorted(finished.items()):
                 file.seek(len(self._header) + batch * self._batch_bytes)
                 content = file.read(min(self._batch_bytes, self._size - file.tell()))
@@ -289,7 +291,8 @@ class Unfinished:
 
     def _mark(self) -> None:
         """Keep what was filled: first the rows, then the word that they are there."""
-        os.fdatasync(self._file)
+        with naming(self.partial):
+            os.fdatasync(self._file)
         self._note({"batches": self._filled, "noted": self._fresh})
         self._filled, self._fresh = [], []
         self._marked = time.monotonic()

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..files import atomic_write, remove_leftovers_of, require_writable
+from ..files import atomic_write, naming, remove_leftovers_of, require_writable
 from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import Unfinished
@@ -196,11 +196,19 @@ class _Content:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
 
     def read(self, place: int, count: int) -> bytes:
-        return os.pread(self._file, count, place)
+        content = b""
+        while len(content) < count:
+            with naming(self._path):
+                more = os.pread(self._file, count - len(content), place + len(content))
+            if not more:
+                raise OSError(f"score: {self._path} became shorter while it was read")
+            content += more
+        return content
 
 
 def _reader(
@@ -712,7 +720,7 @@ def _write_bad_rows(
     rows: int,
     keys: KeyList | None,
 ) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(path), path.open("w", encoding="utf-8", newline="\n") as file:
         for start in range(0, rows, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, rows)
             bad = bad_between(start, stop).tolist()

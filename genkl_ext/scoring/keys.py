@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import naming
 from .sources import Bytes, open_text
 
 EMPTY_SET = "empty_set"  # the only line of a list of NC keys that has none
@@ -391,7 +392,7 @@ def write_nc_list(path: Path, keys: KeyList, nc: Any) -> None:
         nc: (N,) bool, of which slices are taken.
     """
     found = False
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    with naming(path), open(path, "w", encoding="utf-8", newline="\n") as file:
         for start in range(0, len(nc), BLOCK_ROWS):
             block = nc[start : start + BLOCK_ROWS]
             lines = keys.slice(start, start + len(block))

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import naming
 from ..rule import processors
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -172,7 +173,12 @@ class Bytes:
         path = Path(self.name.removeprefix("file://"))
         require_file(path)
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._stat = os.fstat(self._file)
+        try:
+            with naming(path):
+                self._stat = os.fstat(self._file)
+        except BaseException:
+            os.close(self._file)
+            raise
         self.size, self.modified = self._stat.st_size, self._stat.st_mtime_ns
         self.state: tuple[Any, ...] = (self.size, self.modified)
 
@@ -223,7 +229,7 @@ class Bytes:
                 count = os.preadv(self._file, [out], offset)
             except OSError as error:
                 reason = os.strerror(error.errno or 0)
-                raise OSError(error.errno, f"score: {self.name} cannot be read: {reason}") from None
+                raise OSError(f"score: {self.name} cannot be read: {reason}") from error
             if count == 0:
                 raise OSError(f"score: {self.name} became shorter while it was read")
             out, offset = out[count:], offset + count
@@ -232,7 +238,8 @@ class Bytes:
         """A seekable file object of one's own."""
         if self._remote is not None:
             return self._remote.open(self._path, "rb")
-        return open(os.dup(self._file), "rb", closefd=True)
+        with naming(self.name):
+            return open(os.dup(self._file), "rb", closefd=True)
 
     def sample(self) -> str:
         """BLAKE2b-128 of evenly spaced blocks, as :class:`Fingerprint` describes."""
@@ -242,7 +249,8 @@ class Bytes:
         if self._remote is not None:
             state = _identity(self._remote.info(self._path))
         else:
-            now = os.fstat(self._file)
+            with naming(self.name):
+                now = os.fstat(self._file)
             state = (now.st_size, now.st_mtime_ns)
         _require_state(self.name, state, self.state)
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import settings_of
+from ..files import naming, settings_of
 from .keys import BLOCK_ROWS, KeyList
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class TableWriter:
         skip: Callable[[int, int], NDArray[np.int64]] | None = None,
     ) -> None:
         require_suffix(path)
+        self._path = path
         self._skip = skip
         self._columns = columns
         self._rows = len(columns["votes"])
@@ -94,12 +95,14 @@ class TableWriter:
         self._written = 0
         names = [name for name in COLUMNS if name != "key" or keys is not None]
         self._sink: _ParquetSink | _CsvSink | _NpySink
-        if path.suffix == ".parquet":
-            self._sink = _ParquetSink(path, names, settings)
-        elif path.suffix == ".csv":
-            self._sink = _CsvSink(path, names)
-        else:
-            self._sink = _NpySink(path, names, self._rows, 0 if keys is None else keys.longest())
+        with naming(path):
+            if path.suffix == ".parquet":
+                self._sink = _ParquetSink(path, names, settings)
+            elif path.suffix == ".csv":
+                self._sink = _CsvSink(path, names)
+            else:
+                longest = 0 if keys is None else keys.longest()
+                self._sink = _NpySink(path, names, self._rows, longest)
 
     def advance(self, filled: int) -> None:
         """Write every block whose rows are among the first ``filled``."""
@@ -121,14 +124,16 @@ class TableWriter:
                     else column[there]
                     for name, column in block.items()
                 }
-            self._sink.write(block)
+            with naming(self._path):
+                self._sink.write(block)
             self._written = stop
 
     def __enter__(self) -> TableWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sink.close()
+        with naming(self._path):
+            self._sink.close()
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""A long scoring job, killed, cut short or started twice: it goes on, and nothing is different."""
+"""A long scoring job that was cut short: it goes on, and nothing is different.
+
+Kills, full disks and a second start are in ``test_faults.py``.
+"""
 
 import errno
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,29 @@ def test_goes_on_after_an_error(
         )
 
 
-@pytest.mark.parametrize("what", ["rule", "input", "chunks", "rows", "keys"])
-def test_other_work_is_begun_anew(arrays: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "differs"),
+    [
+        ("rule", r"rule\.alpha 0\.9, not 1\.0"),
+        ("policy", "on_bad_row 'raise', not 'nan'"),
+        ("input", "inputs, modified"),
+        ("rows", r"inputs, keys\.sample '\w+', not '\w+', keys\.size 5130, not 4390, modified"),
+        ("keys", r"keys\.sample '\w+', not '\w+'"),
+        ("chunks", "batch_rows 100, not 150"),
+    ],
+)
+def test_other_work_is_refused(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch, what: str, differs: str
+) -> None:
+    """What is left stays as it is, for the job that it is of; or is thrown away on demand."""
     stopped(arrays, "t.parquet", monkeypatch, 5)
+    left = {name: (arrays / name).read_bytes() for name in hidden(arrays)}
     more: dict[str, Any] = {}
     rule = RULE
     if what == "rule":
         rule = gk.GenKL(num_classes=5, alpha=1.0, beta=0.1, sigma=0.1)
+    elif what == "policy":
+        more["on_bad_row"] = "nan"
     elif what == "input":
         np.save(arrays / "p1.npy", np.load(arrays / "p1.npy")[::-1])
     elif what == "rows":
@@ -116,9 +132,22 @@ def test_other_work_is_begun_anew(arrays: Path, monkeypatch: pytest.MonkeyPatch,
         more["chunk_bytes"] = 3 * CHUNK
     inputs = [arrays / "p0.npy", arrays / "p1.npy"]
     given = {"keys": arrays / "keys.txt", "chunk_bytes": 2 * CHUNK, **more}
+    message = (
+        r"^score: an unfinished t\.parquet, of which \d batches are done, is of other inputs or "
+        rf"settings \({differs}\): start that job again to finish it, or give begin_anew "
+        r"\(--begin-anew\) to throw it away$"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            score_files(inputs, rule, arrays / "t.parquet", **given)
+        assert left == {name: (arrays / name).read_bytes() for name in hidden(arrays)}
+        assert not (arrays / "t.parquet").exists()
+    if what in ("rule", "policy", "chunks"):
+        assert job(arrays, "t.parquet").resumed > 0
+        stopped(arrays, "t.parquet", monkeypatch, 5)
     message = r"^score: an unfinished t\.parquet was of other inputs or settings; begun anew$"
     with pytest.warns(UserWarning, match=message):
-        result = score_files(inputs, rule, arrays / "t.parquet", **given)
+        result = score_files(inputs, rule, arrays / "t.parquet", begin_anew=True, **given)
     assert result.resumed == 0
     expected = rule.score([np.load(path) for path in inputs])
     table = pq.read_table(arrays / "t.parquet")
@@ -145,37 +174,6 @@ def test_a_truncated_input_is_refused_and_the_work_kept(
     assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
 
 
-def test_a_full_disk(arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the beginning nothing is done; in the middle it goes on when there is room."""
-    whole = job(arrays, "whole.parquet")
-    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def full(*_: object) -> None:
-        raise no_room
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match=r"cannot write .*t\.parquet: No space left on device"):
-            job(arrays, "t.parquet")
-    assert ".t.parquet.partial" not in hidden(arrays)
-    pwrite, calls = os.pwrite, []
-
-    def filling(*arguments: Any) -> int:
-        calls.append(1)
-        if len(calls) > 6:
-            raise no_room
-        return pwrite(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", filling)
-        with pytest.raises(OSError, match="No space left on device"):
-            job(arrays, "t.parquet")
-    assert not (arrays / "t.parquet").exists()
-    again = job(arrays, "t.parquet")
-    assert again.resumed > 0 and again.nc_count == whole.nc_count
-    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
-
-
 @pytest.mark.parametrize("policy", ["nan", "skip"])
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
 def test_bad_rows(arrays: Path, monkeypatch: pytest.MonkeyPatch, policy: Any, suffix: str) -> None:
@@ -187,8 +185,7 @@ def test_bad_rows(arrays: Path, monkeypatch: pytest.MonkeyPatch, policy: Any, su
         job(arrays, f"t{suffix}")
     whole = job(arrays, f"whole{suffix}", on_bad_row=policy)
     assert whole.bad_rows.tolist() == bad and whole.rows == 1040
-    with pytest.warns(UserWarning, match="begun anew"):
-        stopped(arrays, f"t{suffix}", monkeypatch, 5, on_bad_row=policy)
+    stopped(arrays, f"t{suffix}", monkeypatch, 5, on_bad_row=policy)  # nothing was done
     again = job(arrays, f"t{suffix}", on_bad_row=policy)
     assert again.bad_rows.tolist() == bad and again.resumed > 0
     assert (arrays / f"t{suffix}").read_bytes() == (arrays / f"whole{suffix}").read_bytes()
@@ -214,78 +211,6 @@ def test_bad_rows(arrays: Path, monkeypatch: pytest.MonkeyPatch, policy: Any, su
     assert np.isnan(np.asarray(critical)[~at]).all()
 
 
-def test_a_second_start_is_refused(arrays: Path) -> None:
-    other = unfinished.Journal(arrays / ".t.parquet.journal-0", {})
-    with other, pytest.raises(OSError, match=r"t\.parquet"):
-        job(arrays, "t.parquet")
-    job(arrays, "t.parquet")
-
-
-PROGRAM = """
-import sys, time
-import genkl_ext as gk
-from genkl_ext import unfinished
-from genkl_ext.files import atomic_write
-from genkl_ext.ranks import Ranks
-from genkl_ext.scoring import files
-from genkl_ext.scoring.sources import Packed
-
-files.RESUME_BYTES = 0
-unfinished.MARK_SECONDS = 0
-rows = Packed.rows
-def slow(self, start, stop):
-    time.sleep(0.01)
-    return rows(self, start, stop)
-Packed.rows = slow
-rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
-done = gk.score_files(["p0.npy", "p1.npy"], rule, "t.parquet", keys="keys.txt",
-                      nc_list="nc_set.txt", chunk_bytes=4000)
-print(done.resumed)
-"""
-
-
-def lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
-
-
-def test_kill_at_any_moment(arrays: Path) -> None:
-    """SIGKILL, again and again, until the job gets through: the same bytes, and nothing else."""
-    whole = job(arrays, "whole.parquet", chunk_bytes=4000, nc_list=arrays / "whole.txt")
-    (arrays / "program.py").write_text(PROGRAM)
-    clock = random.Random(int(os.environ.get("GENKL_KILLS_SEED", "0")))
-    kills = 0
-    resumed = []
-    wanted = int(os.environ.get("GENKL_KILLS", "4"))
-    while kills < wanted:
-        for path in (arrays / "t.parquet", arrays / "nc_set.txt"):
-            path.unlink(missing_ok=True)
-        while True:
-            process = subprocess.Popen(
-                [sys.executable, "program.py"], cwd=arrays, stdout=subprocess.PIPE, text=True
-            )
-            # Within the work on one of its 11 chunks, or after them.
-            chunks, begun = clock.randint(0, 11), time.monotonic()
-            while process.poll() is None and lines(arrays / ".t.parquet.journal-0") <= chunks:
-                assert time.monotonic() < begun + 60
-                time.sleep(0.001)
-            time.sleep(clock.uniform(0, 0.03))
-            if kills >= wanted or process.poll() is not None:
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        assert process.stdout is not None
-        resumed.append(int(process.stdout.read()))
-        assert process.wait() == 0
-        assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
-        assert (arrays / "nc_set.txt").read_bytes() == (arrays / "whole.txt").read_bytes()
-        assert hidden(arrays) == []
-    assert whole.rows == 1040 and any(resumed)
-
-
 RANKS = """
 import sys
 import genkl_ext as gk
@@ -294,39 +219,37 @@ from genkl_ext.ranks import join
 rule = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
 done = gk.score_files(["p0.npy", "p1.npy"], rule, sys.argv[1], keys="keys.txt",
                       nc_list=sys.argv[1] + ".txt", chunk_bytes=4000, ranks=join("cpu"))
-print(done.rows, done.nc_count)
+print(done.rows, done.nc_count, done.resumed > 0)
 """
 
 
-def test_two_processes_give_the_bytes_of_one(arrays: Path) -> None:
+def test_two_processes_give_the_bytes_of_one(arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And take up what one has left."""
     whole = job(arrays, "whole.parquet", chunk_bytes=4000, nc_list=arrays / "whole.txt")
+    stopped(arrays, "t.parquet", monkeypatch, 3, chunk_bytes=4000)  # alone
     (arrays / "program.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "program.py", "t.parquet"]
     done = subprocess.run(command, cwd=arrays, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"1040 {whole.nc_count}"] * 2
+    assert done.stdout.splitlines() == [f"1040 {whole.nc_count} True"] * 2
     assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
     assert (arrays / "t.parquet.txt").read_bytes() == (arrays / "whole.txt").read_bytes()
     assert hidden(arrays) == []
     assert json.dumps(read_settings(arrays / "t.parquet"))
 
 
-def test_a_file_that_was_touched_is_scored_anew(
-    arrays: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_was_touched_is_another(arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change between the sampled blocks does not show in them."""
+    monkeypatch.setattr("genkl_ext.scoring.sources.sample_digest", lambda *_: "the same")
     stopped(arrays, "t.parquet", monkeypatch, 5)
     q = np.load(arrays / "p0.npy")
-    monkeypatch.setattr("genkl_ext.scoring.sources.sample_digest", lambda *_: "the same")
-    stopped_before = hidden(arrays)
-    assert stopped_before
-    with pytest.warns(UserWarning, match="begun anew"):
-        stopped(arrays, "t.parquet", monkeypatch, 5)  # another digest
     np.save(arrays / "p0.npy", q[::-1])
     os.utime(arrays / "p0.npy", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"other inputs or settings \(modified\): start that job"):
+        job(arrays, "t.parquet")
     with pytest.warns(UserWarning, match="begun anew"):
-        result = job(arrays, "t.parquet")
+        result = job(arrays, "t.parquet", begin_anew=True)
     expected = RULE.score([q[::-1], np.load(arrays / "p1.npy")])
     np.testing.assert_array_equal(result.scores.critical_alpha, expected.critical_alpha)
 
