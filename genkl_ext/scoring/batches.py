@@ -136,7 +136,7 @@ class BatchScorer:
             "bool": types.BooleanType(),
         }
         kept = [of[name] for name in self._kept(of.names)]
-        new = [types.StructField(self.prefix + n, kinds[COLUMNS[n]], False) for n in LEFT_OUT]
+        new = [types.StructField(self.prefix + n, kinds[COLUMNS[n]]) for n in LEFT_OUT]
         return types.StructType([*kept, *new])
 
     def _of_arrays(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_every_kind_is_scored(tmp_path: Path, write: Write) -> None:
 SAY_K = [write for write in KINDS if write not in (write_lists, write_raw)]
 
 
-@pytest.mark.parametrize("write", SAY_K, ids=str)
+@pytest.mark.parametrize("write", SAY_K)
 def test_no_rows(tmp_path: Path, write: Write) -> None:
     with open_source(**write(tmp_path / "p", rows(0))) as source:
         assert source.shape == (0, K) and source.rows(0, 0).shape == (0, K)
