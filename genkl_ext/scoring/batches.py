@@ -246,6 +246,8 @@ def _from_values(
     """(n, k) floats, and the rows that are null, from an array of numbers or of arrays."""
     array = _array(values)
     nulls = np.empty(0, np.int64)
+    if array.dtype == object and _uniform(array, num_classes):
+        array = np.concatenate(array).reshape(len(array), num_classes)
     if array.dtype == object and array.ndim:
         rows = [_one(value, name, i) for i, value in enumerate(array)]
         nulls = np.array([i for i, row in enumerate(rows) if row is None], np.int64)
@@ -263,6 +265,15 @@ def _from_values(
     if array.shape == (0,):  # a batch of no rows says nothing of their shape
         array = np.empty((0, num_classes), np.float32)
     return _floats(array, name, num_classes), nulls
+
+
+def _uniform(rows: NDArray[Any], num_classes: int) -> bool:
+    """Whether an array of objects holds nothing but rows of k numbers of one type, as engines give
+    them; then they need not be looked at one by one."""
+    if rows.ndim != 1 or not all(type(row) is np.ndarray for row in rows):
+        return False
+    kinds = {(row.dtype, row.shape) for row in rows}
+    return len(kinds) == 1 and kinds.pop() in {(np.dtype(kind), (num_classes,)) for kind in _FLOATS}
 
 
 def _array(values: Any) -> NDArray[Any]:

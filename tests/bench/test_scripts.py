@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import record
+import scoring_files
 import table
 
 from genkl_ext.cli.bench import FOLDER, find_scripts
@@ -145,6 +147,116 @@ def test_identifiers(tmp_path: Path) -> None:
         assert cell["ratio"] == 1 if cell["identifier"] == "genkl" else cell["ratio"] > 0
 
 
+def test_scoring_files(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    parts = [
+        "cache",
+        "disk",
+        "parquet",
+        "memory",
+        "scaling",
+        "cleanlab",
+        "workers",
+        "where",
+        "large",
+    ]
+    where = ["--folder", str(tmp_path), "--out", str(out)]
+    said = run_script("scoring_files", "--quick", "--only", *parts, *where)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    result = result_of("scoring_files", out)
+    left_out = result["settings"]["left_out"]
+    assert {c["part"] for c in result["cells"]} == set(parts) - left_out.keys()
+    assert all(f"{what} left out: {why}" in said for what, why in left_out.items())
+    for cell in result["cells"]:
+        if cell["part"] not in ("memory", "where"):
+            assert_times(cell)
+        if cell["part"] in ("cache", "disk", "parquet", "large"):
+            assert min(cell["mrow_s"], cell["gb_s"], cell["share_of_read"]) > 0
+    kinds = {
+        (c["classes"], c["dtype"], c["models"]) for c in result["cells"] if c["part"] == "cache"
+    }
+    floats = {(k, "float32", 1) for k in (14, 101, 1000)}
+    assert kinds == floats | {(14, "float16", 1), (101, "float32", 3)}
+    for part in ("cache", "parquet"):
+        cells = [c for c in result["cells"] if c["part"] == part]
+        for what in {c["what"] for c in cells}:
+            shares = {c["candidate"]: c["share_of_read"] for c in cells if c["what"] == what}
+            assert max(shares[name] for name in shares if not name.startswith("to ")) == 1
+            assert {"to memory", "to .npy", "to .parquet"} < shares.keys()
+    for cell in result["cells"]:
+        if cell["part"] == "memory":
+            assert 10 < cell["mib"] < 1000
+    light, heavy = (
+        next(c for c in result["cells"] if c["candidate"] == f"{name}, genkl_ext: scores a batch")
+        for name in ("numpy", "torch")
+    )
+    assert light["mib"] < heavy["mib"] / 2
+    assert "| disk |" in table.readme_block([result])
+
+
+def test_scoring_files_inside_engines(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="needs ray[data]")
+    pytest.importorskip("pyspark", reason="needs pyspark, and a Java runtime")
+    run_script("scoring_files", "--quick", "--only", "engines", "--out", str(tmp_path))
+    result = result_of("scoring_files", tmp_path)
+    assert result["settings"]["left_out"] == {}
+    cells = {(c["what"], c["candidate"]): c for c in result["cells"]}
+    for engine, batches in (("Ray Data", "pyarrow"), ("Spark", "Arrow")):
+        assert cells[engine, "score_files, no engine"]["of_direct"] == 1
+        assert cells[engine, "start-up, in no other time"]["start_s"] > 0
+        ours = cells[f"{engine}, {batches} batches", "BatchScorer"]
+        assert_times(ours)
+        assert ours["x_numpy"] > 0
+
+
+def test_scoring_files_says_which_engines_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ray", "ray.data", "ray.cloudpickle", "pyspark", "pyspark.cloudpickle"):
+        monkeypatch.setitem(sys.modules, name, None)
+    scoring_files.main(["--quick", "--only", "engines", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    page = (tmp_path / "scoring_files.md").read_text()
+    for engine in ("Ray Data", "Spark"):
+        assert f"{engine} left out: " in said
+        assert f"Left out: {engine} (" in page
+
+
+def test_scoring_files_writes_what_it_has_and_fails_if_a_part_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(bench: scoring_files.Bench) -> None:
+        (bench.folder / "left").mkdir()
+        raise RuntimeError("this one\nis broken")
+
+    monkeypatch.setitem(scoring_files.PARTS, "engines", broken)
+    out = tmp_path / "out"
+    where = ["--folder", str(tmp_path), "--out", str(out)]
+    with pytest.raises(SystemExit, match="^failed: engines$"):
+        scoring_files.main(["--quick", "--only", "engines", "where", *where])
+    assert list(tmp_path.iterdir()) == [out]
+    result = json.loads((out / "scoring_files.json").read_text())
+    assert result["settings"]["left_out"] == {"engines": "failed: this one"}
+    assert {c["part"] for c in result["cells"]} == {"where"}
+
+
+def test_scoring_files_finds_scores_that_are_not_those_of_the_rule() -> None:
+    bench = scoring_files.Bench(Path(), quick=True)
+    predictions = scoring_files.Predictions(bench, 14)
+    rows = 2 * len(predictions.blocks[0]) + 5
+    numbers = np.arange(rows)
+    columns = {
+        name: np.resize(getattr(predictions.scores, name), rows)
+        for name in ("votes", "critical_alpha")
+    }
+    predictions.check(rows, [(numbers, columns)])
+    with pytest.raises(RuntimeError, match=f"{rows} rows must be scored, got {rows - 1}"):
+        predictions.check(rows, [(numbers[1:], {n: c[1:] for n, c in columns.items()})])
+    columns["votes"][rows - 2] += 1
+    with pytest.raises(RuntimeError, match=f"votes must equal .* at row {rows - 2}"):
+        predictions.check(rows, [(numbers, columns)])
+
+
 def test_training(tmp_path: Path) -> None:
     run_script("training", "--quick", "--out", str(tmp_path))
     result = result_of("training", tmp_path)
@@ -213,6 +325,7 @@ def test_genkl_bench_finds_the_scripts() -> None:
         "score_command",
         "scoring",
         "scoring_cuda",
+        "scoring_files",
         "table",
         "training",
     }

@@ -128,6 +128,41 @@ def test_choosing_page_has_a_table_for_each_data_set(result: dict[str, Any]) -> 
     assert "1,234 rows judged, 5 of them to be found" in page
 
 
+def test_scoring_files_page_has_a_table_for_each_part(result: dict[str, Any]) -> None:
+    def cell(part: str, candidate: str, **figures: Any) -> dict[str, Any]:
+        return {"part": part, "what": "k = 14", "candidate": candidate, **figures}
+
+    kind = {"dtype": "float32", "models": 1}
+    rates = {**kind, "mrow_s": 10.0, "gb_s": 0.5, "median_ms": 123.4, "share_of_read": 0.95}
+    cells = [
+        cell("cache", "to .parquet", **rates),
+        cell("cache", "to .npy", **{**rates, "share_of_read": 0.5}),
+        cell("disk", "to .parquet", **{**rates, "dtype": "float16"}),
+        cell("memory", "to .npy", rows=1000, mib=100.0, mib_more=101.0, growth=1.01),
+    ]
+    settings = {
+        "quick": False,
+        "left_out": {"Spark": "no Java"},
+        "file_system": "ext4",
+        "versions": {"ray": "2.60.0", "pyspark": None},
+    }
+    files = {**result, "benchmark": "scoring_files", "settings": settings, "cells": cells}
+    page = table.full_table(files)
+    assert "Files on ext4, ray 2.60.0." in page
+    assert "Left out: Spark (no Java)." in page
+    passes, peaks = page.split("## Peak memory")
+    assert [line[1:6] for line in lines_of(passes, "k = 14")] == [
+        ["to .parquet", "10.0", "0.50", "0.95", "123"],
+        ["to .npy", "10.0", "0.50", "0.50", "123"],
+        ["to .parquet", "10.0", "0.50", "0.95", "123"],
+    ]
+    assert lines_of(peaks, "k = 14")[0][1:] == ["to .npy", "1,000", "100", "101", "1.01"]
+    assert "Large" not in page
+    block = table.readme_block([files])
+    assert lines_of(block, "page cache") == [["page cache", "k = 14", "10.0", "0.50", "0.95"]]
+    assert lines_of(block, "disk") == []
+
+
 def test_block_has_peaked_rows_with_all_threads(result: dict[str, Any]) -> None:
     block = table.readme_block([result])
     (line,) = lines_of(block, "clothing1m")
