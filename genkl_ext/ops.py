@@ -16,7 +16,8 @@ from torch import Tensor
 _HERE = Path(__file__).parent
 
 torch.ops.load_library(_HERE / "libgenkl_ops_cpu.so")
-if torch.version.cuda is not None and (_HERE / "libgenkl_ops_cuda.so").exists():
+HAS_CUDA = torch.version.cuda is not None and (_HERE / "libgenkl_ops_cuda.so").exists()
+if HAS_CUDA:
     torch.ops.load_library(_HERE / "libgenkl_ops_cuda.so")
 
 

@@ -12,7 +12,8 @@ from .. import rule as rules
 from ..ranks import join
 from ..rule import GenKL
 from ..scoring.files import FileScores, Plan, plan, score_files
-from ..scoring.sources import open_source
+from ..scoring.sources import open_shards
+from ..unfinished import Unfinished
 from . import UsageError
 from .progress import Progress
 
@@ -86,8 +87,8 @@ def score(
         one_model: several inputs are the shards of one model, in this order
         column: array, tensor or column of the files that holds the predictions; or the k columns
         raw: type of the numbers in .bin and .raw files
-        begin_anew: throw away what an unfinished job on the same table, of other inputs or
-            settings, has left
+        begin_anew: throw away what an unfinished job on the same table has left, which is otherwise
+            continued, or refused if it had other inputs or settings
         device: what scores: cpu; cuda, under torchrun a GPU for each process; or cuda:1
         explain: print what would be done, and an estimate of time and memory; write nothing
 
@@ -113,7 +114,7 @@ def score(
     given = {k: v for k, v in settings.items() if v is not None}
     if raw is not None and preset is None and num_classes is None:
         raise UsageError("--raw needs --num-classes, or --preset")
-    rule = _rule(preset, given, inputs[0], array)
+    rule = _rule(preset, given, inputs, one_model, array)
     reading: Any = {"logits": logits, "one_model": one_model, "column": array, "raw": raw}
     ranks = join("cpu")
     if explain:
@@ -159,6 +160,11 @@ def describe(what: Plan, out: Path) -> str:
             ),
         ),
         ("memory", f"about {max(1, what.memory_bytes / 1e6):,.0f} MB, and the program's own"),
+        *(
+            [("unfinished", "an earlier job has left work, which is continued if it was this one")]
+            if Unfinished.left(out)
+            else []
+        ),
         ("if stopped", "goes on from the last chunk" if what.resumable else "begins anew: short"),
         ("time", f"about {what.seconds:.3g} s to read and score, as the first chunk went"),
         ("table", f"{out}, {what.output_bytes / 1e9:.3g} GB before encoding"),
@@ -172,14 +178,17 @@ def _native_simd() -> str:
     return str(_native.build_info()["simd"])
 
 
-def _rule(preset: str | None, settings: dict[str, Any], first_input: str, column: Any) -> GenKL:
+def _rule(
+    preset: str | None, settings: dict[str, Any], inputs: list[str], one_model: bool, column: Any
+) -> GenKL:
     if preset is not None:
         return GenKL.preset(preset, **settings)
     missing = [f"--{name}" for name in _NEEDED if name not in settings]
     if missing:
         raise UsageError(f"without --preset, {', '.join(missing)} must be given")
     if "num_classes" not in settings:
-        with open_source(first_input, column=column) as predictions:
+        first = inputs if one_model else inputs[:1]
+        with open_shards(first, column=column) as predictions:
             settings["num_classes"] = predictions.shape[1]
     return GenKL(**settings)
 
@@ -189,7 +198,8 @@ def summary(result: FileScores, seconds: float) -> str:
     rows, classes, models = result.rows, result.rule.num_classes, result.models
     of_models = f", {models} models averaged" if models > 1 else ""
     share = f" ({100 * result.nc_count / rows:.3g} %)" if rows else ""
-    rate = 1 / max(result.scoring_seconds, 1e-9)
+    anew = (rows - result.resumed) / max(1, rows)
+    rate = anew / max(result.scoring_seconds, 1e-9)
     every = -(-rows // _SAMPLE) or 1
     column = result.column("critical_alpha")
     pieces = [column[i : i + every * _PIECE : every] for i in range(0, rows, every * _PIECE)]

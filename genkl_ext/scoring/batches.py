@@ -188,7 +188,7 @@ class BatchScorer:
         if gpu is not None and not len(missing):
             scored = gpu.begin(gpu.stage(models)).result()
         if scored is not None:
-            return {self.prefix + name: column for name, column in scored.items()}, None
+            return {self.prefix + name: column.copy() for name, column in scored.items()}, None
         columns, bad = score_rows(
             models,
             self.rule,

@@ -31,11 +31,19 @@ from .. import __version__
 from ..files import atomic_write, naming, remove_leftovers_of, require_writable
 from ..ranks import Ranks
 from ..rule import GenKL, Scores
-from ..unfinished import Unfinished
+from ..unfinished import BeginAnew, Unfinished
 from .chunks import BadRow, OnBadRow, empty_rows, score_rows
 from .gpu import LANES, GpuScorer, Pending, device_of
 from .keys import BLOCK_ROWS, MOST_REPEATS, KeyColumn, KeyList, Keys, write_nc_list
-from .sources import SUFFIXES, Fingerprint, Source, open_models, open_shards, shards_of
+from .sources import (
+    SUFFIXES,
+    Fingerprint,
+    MissingColumn,
+    Source,
+    open_models,
+    open_shards,
+    shards_of,
+)
 from .tables import COLUMNS, LEFT_OUT, TableWriter, require_suffix
 
 PathLike = str | os.PathLike[str]
@@ -63,7 +71,7 @@ class FileScores:
     nc_count: int  #: how many rows are non-conforming
     bad_count: int  #: how many rows held no valid prediction
     resumed: int  #: rows that an earlier, killed job had scored
-    input_bytes: int  #: bytes of predictions read
+    input_bytes: int  #: of all predictions
     scoring_seconds: float  #: the pass: reading, scoring, and writing rows in the meantime
     finishing_seconds: float  #: after it: the end of the table, the list, syncing to disk
     _columns: Mapping[str, Any] = dataclasses.field(repr=False)
@@ -241,7 +249,7 @@ def score_files(
     column: str | Sequence[str] | None = None,
     raw: str | None = None,
     bad_rows: PathLike | None = None,
-    begin_anew: bool = False,
+    begin_anew: BeginAnew = False,
     device: str = "cpu",
     chunk_bytes: int = CHUNK_BYTES,
     ranks: Ranks | None = None,
@@ -267,7 +275,8 @@ def score_files(
             columns). An existing file is replaced.
         keys: text file with one key per row; the table gets a ``key`` column.
         key_column: in place of ``keys``: the column of the first model's Parquet or Arrow files
-            that holds them, as text or integers.
+            that holds them, as text or integers. Where other models' files have it too, it must be
+            the same there.
         nc_list: text file to write the keys of the NC rows to, in file order, one per line;
             ``empty_set`` if there is none. Needs ``keys`` or ``key_column``.
         logits: the files hold logits; their softmax is taken in the same pass.
@@ -281,8 +290,9 @@ def score_files(
         raw: dtype of ``.bin`` and ``.raw`` files.
         bad_rows: text file to write the rows to that held no valid prediction: one line for each,
             its number, and its key after a tab where there are keys.
-        begin_anew: throw away what an unfinished job on the same table, of other inputs or
-            settings, has left.
+        begin_anew: what to do with what an unfinished job on the same table has left. False: go
+            on if it was this job, refuse if it had other inputs or settings. True: throw it away.
+            "if other": go on, or throw it away.
         device: what scores: "cpu"; "cuda", the GPU of this process's number among those on its
             machine; "cuda:1". The results are the same. Reading is slower than either, so that a
             GPU pays only where processors are few.
@@ -332,8 +342,11 @@ def score_files(
         if keys is not None:
             key_list = stack.enter_context(Keys(keys, rows))
         elif key_column is not None:
-            of_model = paths if one_model else paths[:1]
-            key_list = stack.enter_context(KeyColumn(of_model, key_column, rows))
+            models = [paths] if one_model else [[path] for path in paths]
+            in_first = KeyColumn(models[0], key_column, rows)
+            key_list = stack.enter_context(in_first)
+            if ranks.first:
+                _require_same_keys(in_first, models[1:], key_column)
         if key_list is not None and ranks.first:
             _warn_of_repeats(key_list, None if table is None else table.parent)
         fingerprints = tuple(f for file in files for f in file.fingerprints())
@@ -357,7 +370,7 @@ def score_files(
         kept: _InMemory | _OnDisk
         # A short job takes up what a long one has left.
         lasting = ranks.size > 1 or _is_long(rows, input_bytes)
-        if table is None or rows == 0 or not (lasting or Unfinished.left(table)):
+        if table is None or not (lasting or Unfinished.left(table)):
             kept = _InMemory(rows, batch_rows)
             if not ranks.first:
                 kept.todo = []
@@ -365,12 +378,7 @@ def score_files(
             unfinished = stack.enter_context(
                 Unfinished(
                     table,
-                    # A file that was touched may have been changed between the samples.
-                    {
-                        **settings,
-                        "batch_rows": batch_rows,
-                        "modified": [f.modified for f in fingerprints],
-                    },
+                    _kept_of(settings, files, batch_rows),
                     rows=rows,
                     row_bytes=_ROW_BYTES,
                     batch_size=batch_rows,
@@ -404,6 +412,8 @@ def score_files(
                     )
                 )
             job = _Pass(files, rule, logits, validate, on_bad_row, leave_out, batch_rows, gpu)
+            if on_bad_row == "raise" and kept.resumed and ranks.first:
+                _raise_bad_rows(job, bad_between)
             # Others fill rows of the table, too, and nobody knows when.
             meanwhile = writer if ranks.size == 1 else None
             job.run(kept, meanwhile, ranks, progress)
@@ -498,7 +508,7 @@ def plan(
             list(job.scored([(0, job.read_staged(0))]))
             seconds = (time.perf_counter() - start) * rows / max(1, min(step, rows)) / ranks.size
         input_bytes = sum(file.nbytes for file in files)
-        resumable = rows > 0 and (ranks.size > 1 or _is_long(rows, input_bytes))
+        resumable = ranks.size > 1 or _is_long(rows, input_bytes)
         block = min(rows, BLOCK_ROWS) * _ROW_BYTES
         ahead = min(file.concurrent_reads() for file in files)
         return Plan(
@@ -514,7 +524,10 @@ def plan(
             device=device,
             resumable=resumable,
             # Chunks being read, one being scored; a block of the table, and Arrow's copy of it.
-            memory_bytes=min(input_bytes, (ahead + 1) * chunk_bytes)
+            # A GPU has copies in pinned memory, and more of them under way.
+            memory_bytes=min(
+                input_bytes, (ahead + 1 if gpu is None else 2 * (ahead + LANES)) * chunk_bytes
+            )
             + 3 * block
             + (0 if resumable else rows * _ROW_BYTES),
             output_bytes=rows * (_ROW_BYTES + 8),
@@ -714,6 +727,16 @@ def _bad_rows(
     return start + np.flatnonzero(bad)
 
 
+def _raise_bad_rows(job: _Pass, bad_between: Callable[[int, int], NDArray[np.int64]]) -> None:
+    """Raise for the first bad row of what an earlier job has scored, which set them apart."""
+    rows = job.files[0].shape[0]
+    for start in range(0, rows, BLOCK_ROWS):
+        bad = bad_between(start, start + BLOCK_ROWS)
+        if len(bad):
+            batch = int(bad[0]) // job.batch_rows
+            job.score(batch, job.read(batch))
+
+
 def _write_bad_rows(
     path: Path,
     bad_between: Callable[[int, int], NDArray[np.int64]],
@@ -788,14 +811,43 @@ def _same(a: Path, b: Path) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
 
 
+def _kept_of(
+    settings: Mapping[str, Any], files: Sequence[Source], batch_rows: int
+) -> dict[str, Any]:
+    """What the kept scores depend on: not the keys, nor what becomes of bad rows. But a file that
+    was touched may have been changed where no sample was taken."""
+    about = {name: settings[name] for name in settings if name not in ("keys", "on_bad_row")}
+    states = [state for file in files for state in file.states()]
+    inputs = zip(settings["inputs"], states, strict=True)
+    return {
+        **about,
+        "inputs": [{**one, "state": state} for one, state in inputs],
+        "batch_rows": batch_rows,
+    }
+
+
+def _require_same_keys(keys: KeyColumn, others: Sequence[Sequence[PathLike]], column: str) -> None:
+    """Raise ``ValueError`` if other models' files have other keys in this column."""
+    for paths in others:
+        try:
+            other = KeyColumn(paths, column, len(keys))
+        except MissingColumn:
+            continue
+        with other:
+            keys.require_same(other)
+
+
 def _warn_of_repeats(keys: KeyList, folder: Path | None) -> None:
     repeats = keys.repeats(folder)
     if repeats:
-        count = f"{'at least ' if len(repeats) == MOST_REPEATS else ''}{len(repeats)} keys"
+        # Of very many, these are some, and not the first ones.
+        some = len(repeats) == MOST_REPEATS
+        count = f"{'at least ' if some else ''}{len(repeats)} keys"
         row = repeats[0]
         where = f"line {row + 1}" if isinstance(keys, Keys) else f"row {row}"
         warnings.warn(
-            f"{keys.name}: {count} appear more than once, first {keys[row]!r} in {where}",
+            f"{keys.name}: {count} appear more than once, {'as' if some else 'first'} "
+            f"{keys[row]!r} in {where}",
             stacklevel=3,
         )
 

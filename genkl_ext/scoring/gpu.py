@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,23 +32,32 @@ def device_of(name: str, local_rank: int = 0) -> torch.device | None:
         local_rank: this process's number among those on this machine.
 
     Raises:
-        ValueError: another name, or this machine has no such GPU.
+        ValueError: another name, this process sees no such GPU, or genkl_ext was built without
+            CUDA kernels.
     """
     require_name(name)
     if name == "cpu":
         return None
     import torch
 
-    wanted = int(name[5:] or local_rank)
+    from .. import ops
+
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A launcher may show each process its own GPU only; and processes may share one.
+    wanted = int(name[5:]) if name[5:] else local_rank % max(1, there)
     if wanted >= there:
-        raise ValueError(f"score: device {name} needs GPU {wanted}, and this machine has {there}")
+        raise ValueError(f"score: device {name} needs GPU {wanted}, and this process sees {there}")
+    if not ops.HAS_CUDA:
+        raise ValueError(
+            f"score: device {name} needs CUDA kernels, and this genkl_ext was built without "
+            "(genkl info says why)"
+        )
     return torch.device("cuda", wanted)
 
 
 def require_name(name: str, caller: str = "score") -> None:
     """Raise ``ValueError`` unless it is the name of a device."""
-    if name != "cpu" and not re.fullmatch("cuda(:[0-9]+)?", name):
+    if name != "cpu" and not (isinstance(name, str) and re.fullmatch("cuda(:[0-9]+)?", name)):
         raise ValueError(f"{caller}: device must be cpu, cuda or cuda:NUMBER, got {name!r}")
 
 
@@ -80,7 +89,8 @@ class GpuScorer:
         for model in models:
             is_array = isinstance(model, np.ndarray)
             dtype = getattr(torch, model.dtype.name) if is_array else model.dtype
-            copy = torch.empty(model.shape, dtype=dtype, pin_memory=self._cuda)
+            with self._failures():
+                copy = torch.empty(model.shape, dtype=dtype, pin_memory=self._cuda)
             if is_array:  # not by torch, which warns of arrays that are read-only
                 copy.numpy()[...] = model
             else:
@@ -97,13 +107,23 @@ class GpuScorer:
             stream = self._streams[self._turn % LANES]
             self._turn += 1
             lane = torch.cuda.stream(stream)
-        with lane:
+        with lane, self._failures():
             there = [tensor.to(self._device, non_blocking=True) for tensor in staged]
             scores = self._rule._score(there, logits=self._logits, validate=self._validate)
             columns = {name: self._back(getattr(scores, name)) for name in LEFT_OUT}
             first_bad_row = self._back(torch.as_tensor(scores._first_bad_row))
             done = stream.record_event() if self._cuda else None
-        return Pending(columns, first_bad_row, done)
+        return Pending(columns, first_bad_row, done, self._failures)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What CUDA reports of a chunk, an earlier one perhaps, as ``OSError`` that names the
+        device."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(f"score: device {self._device} failed: {reason}") from error
 
     def _back(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
@@ -126,14 +146,23 @@ class Pending:
     """A chunk on its way."""
 
     def __init__(
-        self, columns: dict[str, torch.Tensor], first_bad_row: torch.Tensor, done: Any
+        self,
+        columns: dict[str, torch.Tensor],
+        first_bad_row: torch.Tensor,
+        done: Any,
+        failures: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._columns, self._first_bad_row, self._done = columns, first_bad_row, done
+        self._failures = failures
 
     def result(self) -> dict[str, NDArray[Any]] | None:
-        """Wait for it: the columns of ``tables.py``; None if a row is no valid prediction."""
+        """Wait for it: the columns of ``tables.py``; None if a row is no valid prediction.
+
+        The columns lie in pinned memory, which is better not kept for long.
+        """
         if self._done is not None:
-            self._done.synchronize()
+            with self._failures():
+                self._done.synchronize()
         if int(self._first_bad_row) >= 0:
             return None
         return {name: np.asarray(column) for name, column in self._columns.items()}

@@ -95,8 +95,8 @@ class KeyList(ABC):
         """The rows whose key an earlier row has too, in order.
 
         Keys are compared by their hashes, and those of equal hashes as they are. Where there are
-        more than ``MOST_REPEATS`` such rows, these are so many of them. It takes one pass over the
-        list, and up to a second one where keys are repeated.
+        more than ``MOST_REPEATS`` such rows, these are so many of them, and the first need not be
+        among them. It takes one pass over the list, and up to a second one where keys are repeated.
 
         Args:
             folder: where the hashes of a list of millions lie in the meantime, 8 bytes a key, in a
@@ -246,8 +246,10 @@ class KeyColumn(KeyList):
         rows: N.
 
     Raises:
-        OSError: a file cannot be read. ValueError: one without this column, or of another type.
-        Of the keys themselves, once they are read: a null, an empty one, or one of several lines.
+        OSError: a file cannot be read.
+        MissingColumn: the first file has no such column, or is no table. It is a ``ValueError``.
+        ValueError: another has no such column, or one of another type. Of the keys themselves, once
+        they are read: a null, an empty one, one of several lines, or bytes that are not UTF-8.
     """
 
     def __init__(self, paths: Sequence[PathLike], column: str, rows: int) -> None:
@@ -267,6 +269,30 @@ class KeyColumn(KeyList):
     def _read(self, start: int, stop: int) -> list[str]:
         keys: list[str] = self._source.rows(start, stop)[:, 0].tolist()
         return keys
+
+    def require_same(self, other: KeyColumn) -> None:
+        """Raise ``ValueError`` at the first row whose key is another than in ``other``.
+
+        The scores of several models are averaged row by row, so that row i of all of them must be
+        of one image.
+        """
+        if len(other) != len(self):
+            raise ValueError(
+                f"score: {other.name} must have one key for each of {len(self)} rows, "
+                f"got {len(other)}"
+            )
+        for start, ours in self._pieces():
+            theirs = other.slice(start, start + len(ours))
+            if ours != theirs:
+                i = next(i for i, key in enumerate(ours) if key != theirs[i])
+                (name, row), (other_name, other_row) = (
+                    keys._source.where(start + i) for keys in (self, other)
+                )
+                raise ValueError(
+                    f"score: the rows of all models must be in the same order: {self._column} is "
+                    f"{ours[i]!r} in row {row} of {name}, and {theirs[i]!r} in row {other_row} of "
+                    f"{other_name}"
+                )
 
     def longest(self) -> int:
         return max((len(key.encode()) for _, keys in self._pieces() for key in keys), default=0)

@@ -28,10 +28,11 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,22 @@ _READS_NEAR, _READS_FAR = 4, 8  # at a time, of a file on disk, and of one behin
 _PIECE_BYTES = 4 << 20  # of a row group that is decoded at a time
 _BUFFERS = 32 << 20  # bytes that are read of its columns at a time, all together
 _LEAST_BUFFER = 1 << 16
+# Bytes of a number of a Parquet file once decoded; of text, what is usual.
+_PHYSICAL_BYTES = {
+    "BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 64,
+}  # fmt: skip
 _NOTHING = (-1, 0)
+# Of what a system of fsspec tells of a file: what changes when it is written to.
+_IDENTITY = (
+    "size", "mtime", "created", "LastModified", "last_modified", "Last-Modified", "updated",
+    "modify", "modificationTime", "ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest",
+    "checksum", "CRC", "chksum", "sha", "blob_id",
+)  # fmt: skip
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+# Held while files are read whose system does not allow several threads: members of an archive, say,
+# are read from one place of it. One lock for all systems, for an archive may lie in an archive.
+_one_by_one = RLock()
 
 PathLike = str | os.PathLike[str]
 # Gives the record batches of a row group, with some columns.
@@ -90,6 +105,10 @@ class Fingerprint:
     dtype: str
     modified: int  #: last change, nanoseconds since 1970; 0 where the file system does not say
     sample: str  #: hexadecimal
+
+
+class MissingColumn(ValueError):
+    """A file has no column of this name."""
 
 
 class Source(ABC):
@@ -144,6 +163,10 @@ class Source(ABC):
     def check_unchanged(self) -> None:
         """Raise ``ValueError`` if a file was written to since it was opened."""
 
+    def states(self) -> tuple[str, ...]:
+        """For each file, text that changes when it is written to, as far as its system says."""
+        return (" ".join(map(str, self.state)),)
+
     def forget(self) -> None:  # noqa: B027 (most kinds keep none)
         """Let go of rows that are kept in memory for the next reading."""
 
@@ -184,8 +207,10 @@ class Bytes:
 
     def _open_remote(self) -> None:
         system, path = _file_system(self.name)
+        self._turn = _turn(system)
         try:
-            about = system.info(path)
+            with self._turn:
+                about = system.info(path)
         except FileNotFoundError:
             raise FileNotFoundError(f"score: {self.name} does not exist") from None
         if about.get("type") == "directory":
@@ -194,19 +219,19 @@ class Bytes:
             raise OSError(f"score: {self.name} cannot be read: its server does not say its size")
         self._remote, self._path = system, path
         self.size, self.modified = int(about["size"]), 0
-        self.state = _identity(about)
+        self.state = (*_identity(about), *_archive_state(self.name))
 
     @property
     def concurrent_reads(self) -> int:
         """A far file is waited for more than read; a near one is read faster than by one thread
         where there are processors for it."""
         if self._remote is not None:
-            return _READS_FAR
+            return _READS_FAR if _reads_together(self._remote) else 1
         return max(1, min(_READS_NEAR, processors() // 2))
 
     @property
     def basename(self) -> str:
-        return self.name.rstrip("/").rsplit("/", 1)[-1]
+        return _basename(self.name)
 
     def read(self, offset: int, count: int) -> bytearray:
         """Exactly so many bytes."""
@@ -219,7 +244,8 @@ class Bytes:
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill ``out``, bytes, from a place of the file."""
         if self._remote is not None:
-            got = self._remote.cat_file(self._path, start=offset, end=offset + len(out))
+            with self._turn:
+                got = self._remote.cat_file(self._path, start=offset, end=offset + len(out))
             if len(got) != len(out):
                 raise OSError(f"score: {self.name} became shorter while it was read")
             out[:] = got
@@ -237,7 +263,11 @@ class Bytes:
     def open(self) -> Any:
         """A seekable file object of one's own."""
         if self._remote is not None:
-            return self._remote.open(self._path, "rb")
+            if _reads_together(self._remote):
+                return self._remote.open(self._path, "rb")
+            with self._turn:
+                handle = self._remote.open(self._path, "rb")
+            return io.BufferedReader(_Handle(handle, self.size))
         with naming(self.name):
             return open(os.dup(self._file), "rb", closefd=True)
 
@@ -247,7 +277,10 @@ class Bytes:
 
     def check_unchanged(self) -> None:
         if self._remote is not None:
-            state = _identity(self._remote.info(self._path))
+            with self._turn:
+                self._remote.invalidate_cache(self._path)  # the listing of its folder
+                about = self._remote.info(self._path)
+            state: tuple[Any, ...] = (*_identity(about), *_archive_state(self.name))
         else:
             with naming(self.name):
                 now = os.fstat(self._file)
@@ -257,6 +290,43 @@ class Bytes:
     def close(self) -> None:
         if self._remote is None:
             os.close(self._file)
+
+
+class _Handle(io.RawIOBase):
+    """A file object with a place of its own, where those of the system may share one."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self._size, self._at = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"a place in a file must be 0 or more, got {origin + offset}")
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, out: Any) -> int:
+        with _one_by_one:
+            self._file.seek(self._at)
+            content = self._file.read(len(out))
+        out[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            with _one_by_one:
+                self._file.close()
+        super().close()
 
 
 class _OneFile(Source):
@@ -583,8 +653,8 @@ class Text(Table):
         (name,) = self._columns
         kind = _stored(schema.field(name).type)
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-        if not any(is_so(value) for is_so in texts):
+        texts = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
+        if str(value) not in texts and not pa.types.is_integer(value):
             raise ValueError(
                 f"score: {self.name}: column {name} must hold text or integers, got {kind}"
             )
@@ -598,7 +668,15 @@ class Text(Table):
         with _damage(self.name):
             if isinstance(column, pa.DictionaryArray):
                 column = column.dictionary_decode()
+        try:
             text = column.cast(pa.large_string())
+        except pa.ArrowInvalid as error:
+            row, content = _first_not_utf8(column)
+            raise ValueError(
+                f"score: {self.name}: column {self._columns[0]} must hold UTF-8 text, got "
+                f"{content!r} at row {int(self._starts[group]) + first + row}"
+            ) from error
+        with _damage(self.name):
             broken = pc.or_(
                 pc.equal(pc.binary_length(text), 0), pc.match_substring_regex(text, "[\r\n]")
             )
@@ -626,11 +704,16 @@ class Zarr(Source):
         except ImportError as error:
             raise ImportError(f"score: {path} needs the package zarr: pip install zarr") from error
         self.name = os.fspath(path)
+        self._turn: Callable[[], AbstractContextManager[Any]] = nullcontext
         if _URL.match(self.name) and not self.name.startswith("file://"):
-            _file_system(self.name)
+            system, _ = _file_system(self.name)
+            if not _reads_together(system):
+                self._turn = _zarr_turn
+        self.state = _store_state(self.name)
         try:
-            store: Any = zarr.open(self.name, mode="r")
-            names = sorted(store.array_keys()) if isinstance(store, zarr.Group) else None
+            with self._turn():
+                store: Any = zarr.open(self.name, mode="r")
+                names = sorted(store.array_keys()) if isinstance(store, zarr.Group) else None
         except (FileNotFoundError, KeyError) as error:
             raise FileNotFoundError(f"score: {self.name} does not exist, or is not Zarr") from error
         except _READER_ERRORS as error:
@@ -638,7 +721,9 @@ class Zarr(Source):
                 f"score: {self.name} is not Zarr or is damaged: {_line(error)}"
             ) from error
         if names is not None:
-            store = store[_choose(names, array, self.name)]
+            chosen = _choose(names, array, self.name)
+            with self._turn():
+                store = store[chosen]
         if len(store.shape) != 2 or store.dtype.name not in DTYPES:
             raise ValueError(
                 f"score: {self.name} must be (N, k) of {', '.join(DTYPES)}, got {store.shape} "
@@ -660,19 +745,20 @@ class Zarr(Source):
             first = begin // row
             return self._stored_rows(first, min(n, first + step)).tobytes()
 
-        name = self.name.rstrip("/").rsplit("/", 1)[-1]
+        name = _basename(self.name)
         sample = sample_digest(n * row, read)
         return (Fingerprint(name, self.nbytes, self.shape, self.dtype, 0, sample),)
 
     def check_unchanged(self) -> None:
-        """A store does not tell."""
+        _require_state(self.name, _store_state(self.name), self.state)
 
     def close(self) -> None:
         """Nothing is open."""
 
     def _stored_rows(self, start: int, stop: int) -> NDArray[Any]:
         try:
-            return np.ascontiguousarray(self._store[start:stop])
+            with self._turn():
+                return np.ascontiguousarray(self._store[start:stop])
         except _READER_ERRORS as error:
             raise OSError(f"score: {self.name} is damaged: {_line(error)}") from error
 
@@ -687,10 +773,11 @@ class _Shard:
         self._source: Source | None = None
         self._users = 0
         self._fingerprints: tuple[Fingerprint, ...] | None = None
-        self._state: tuple[Any, ...] | None = None
+        self.state: tuple[Any, ...] | None = None
+        self.states: tuple[str, ...] = ()
         self.k: int | None = None
         with self.use() as source:
-            self._state = source.state
+            self.state, self.states = source.state, source.states()
             self.rows, self.dtype = source.shape[0], source.dtype
             self.concurrent_reads = source.concurrent_reads()
             self.k = source.shape[1] if source.knows_k else None
@@ -723,10 +810,8 @@ class _Shard:
             if self._source is not None:
                 self._source.check_unchanged()
                 return
-        if self._state:
-            file = Bytes(self.name)
-            file.close()
-            _require_state(self.name, file.state, self._state)
+        if self.state is not None:
+            _require_state(self.name, _state_of(self.name), self.state)
 
     def close_unused(self) -> None:
         with self._lock:
@@ -737,8 +822,8 @@ class _Shard:
     def _open(self) -> Source:
         source = self._open_one(self.name)
         try:
-            if self._state is not None:
-                _require_state(self.name, source.state, self._state)
+            if self.state is not None:
+                _require_state(self.name, source.state, self.state)
         except BaseException:
             source.close()
             raise
@@ -775,7 +860,12 @@ class Shards(Source):
         with ExitStack() as stack:
             stack.callback(self.close)
             for one in names:
-                self._shards.append(_Shard(one, open_one))
+                try:
+                    self._shards.append(_Shard(one, open_one))
+                except MissingColumn as error:
+                    if not self._shards:
+                        raise
+                    raise ValueError(str(error)) from None  # others have it
             first = next((shard for shard in self._shards if shard.k is not None), None)
             if first is None or first.k is None:
                 raise _no_k(name)
@@ -830,6 +920,9 @@ class Shards(Source):
         for shard in self._shards:
             shard.check_unchanged()
 
+    def states(self) -> tuple[str, ...]:
+        return tuple(state for shard in self._shards for state in shard.states)
+
     def close(self) -> None:
         for shard in self._shards:
             with _last_used_lock:
@@ -879,8 +972,9 @@ def open_text(paths: Sequence[PathLike], column: str) -> Source:
     """A column of text of the same files, (N, 1) objects.
 
     Raises:
+        MissingColumn: the first file has no such column, or is no table.
         OSError, ValueError: as :func:`open_source`. Of the text itself, once it is read: a null, an
-        empty one, and one of several lines are refused.
+        empty one, one of several lines, and bytes that are not UTF-8 are refused.
     """
     return _shards(paths, partial(_open_text, column=column))
 
@@ -978,16 +1072,19 @@ def shards_of(path: PathLike) -> list[str]:
 def _expand(name: str) -> list[str] | None:
     """The shards that a pattern or folder names, in natural order; None for a single file."""
     remote = _URL.match(name) and not name.startswith("file://")
-    if name.rstrip("/").endswith(".zarr"):
+    if _basename(name).endswith(".zarr"):
         return None
     if remote:
         system, path = _file_system(name)
-        if any(c in path for c in "*?["):
-            found = [system.unstrip_protocol(one) for one in system.glob(path)]
-        elif system.isdir(path):
-            found = [system.unstrip_protocol(one) for one in system.ls(path, detail=False)]
-        else:
-            return None
+        with _turn(system):
+            if any(c in path for c in "*?["):
+                listed = system.glob(path)
+            elif system.isdir(path):
+                listed = system.ls(path, detail=False)
+            else:
+                return None
+        archive = "".join(name.partition("::")[1:])
+        found = [system.unstrip_protocol(one) + archive for one in listed]
     else:
         local = name.removeprefix("file://")
         if Path(local).is_dir():
@@ -997,15 +1094,15 @@ def _expand(name: str) -> list[str] | None:
         else:
             return None
     # Names with a dot are half-written files, and notes of operating systems on others.
-    found = [f for f in found if not f.rstrip("/").rsplit("/", 1)[-1].startswith(".")]
-    found = sorted((f for f in found if f.rstrip("/").endswith(SUFFIXES)), key=natural)
+    found = [f for f in found if not _basename(f).startswith(".")]
+    found = sorted((f for f in found if _basename(f).endswith(SUFFIXES)), key=natural)
     if not found:
         raise FileNotFoundError(f"score: {name} holds no file of {', '.join(SUFFIXES)}")
     return found
 
 
 def _open_one(name: str, column: str | Sequence[str] | None, raw: tuple[str, int] | None) -> Source:
-    suffix = os.path.splitext(name.rstrip("/"))[1].lower()
+    suffix = os.path.splitext(_basename(name))[1].lower()
     one = column if isinstance(column, str) or column is None else None
     if suffix == ".zarr":
         return Zarr(name, one)
@@ -1028,8 +1125,10 @@ def _open_one(name: str, column: str | Sequence[str] | None, raw: tuple[str, int
 
 
 def _open_text(name: str, column: str) -> Source:
-    if not name.lower().endswith(_TABLES):
-        raise ValueError(f"score: {name} must be one of {', '.join(_TABLES)} to have key columns")
+    if not _basename(name).lower().endswith(_TABLES):
+        raise MissingColumn(
+            f"score: {name} must be one of {', '.join(_TABLES)} to have key columns"
+        )
     file = Bytes(name)
     try:
         return Text(file, [column])
@@ -1168,14 +1267,19 @@ def _parquet(handle: Any) -> tuple[_Reader, NDArray[np.int64], Any]:
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     if any(rows < 0 for rows in groups):
         raise ValueError("a row group with fewer than 0 rows")
+    types = [file.schema.column(i) for i in range(len(file.schema))]
+    widths = [_PHYSICAL_BYTES.get(one.physical_type, one.length) for one in types]
 
     def read(group: int, names: Sequence[str]) -> Iterator[Any]:
         # A row group may be larger than memory: it is read and decoded piece by piece.
         about = file.metadata.row_group(group)
+        leaves = [about.column(i) for i in range(about.num_columns)]
+        wanted = set(names)  # which may have dots, as the paths of what is in them
         size = sum(
-            about.column(i).total_uncompressed_size
-            for i in range(about.num_columns)
-            if about.column(i).path_in_schema.partition(".")[0] in names
+            # Numbers that repeat take less in the file than decoded.
+            max(leaf.total_uncompressed_size, leaf.num_values * widths[i])
+            for i, leaf in enumerate(leaves)
+            if not wanted.isdisjoint(accumulate(leaf.path_in_schema.split("."), "{}.{}".format))
         )
         rows = max(1, _PIECE_BYTES * groups[group] // max(_PIECE_BYTES, size))
         pages = max(_LEAST_BUFFER, min(1 << 20, _BUFFERS // len(names)))
@@ -1195,12 +1299,25 @@ def _arrow(handle: Any) -> tuple[_Reader, NDArray[np.int64], Any]:
         batch.validate()
         rows.append(batch.num_rows)
 
-    def read(group: int, names: Sequence[str]) -> Iterator[Any]:
+    @cache  # a reader reads the dictionaries once
+    def reader(names: tuple[str, ...]) -> Any:
         wanted = sorted(file.schema.get_field_index(name) for name in names)  # no other is read
-        options = pa.ipc.IpcReadOptions(included_fields=wanted)
-        yield pa.ipc.open_file(handle, options=options).get_batch(group)
+        return pa.ipc.open_file(handle, options=pa.ipc.IpcReadOptions(included_fields=wanted))
+
+    def read(group: int, names: Sequence[str]) -> Iterator[Any]:
+        yield reader(tuple(names)).get_batch(group)
 
     return read, np.cumsum([0, *rows]), file.schema
+
+
+def _first_not_utf8(column: Any) -> tuple[int, bytes]:
+    """Of a binary array that Arrow cannot read as text: the first row that is none."""
+    for row, content in enumerate(column.to_pylist()):
+        try:
+            (content or b"").decode()
+        except UnicodeDecodeError:
+            return row, content
+    raise AssertionError("every row is text")
 
 
 def _columns_of(schema: Any, columns: Sequence[str] | None, name: str) -> list[str]:
@@ -1222,7 +1339,7 @@ def _columns_of(schema: Any, columns: Sequence[str] | None, name: str) -> list[s
     else:
         for column in columns:
             if column not in names:
-                raise ValueError(
+                raise MissingColumn(
                     f"score: {name} must have a column {column!r}, got {', '.join(names)}"
                 )
     for column in columns:
@@ -1245,6 +1362,13 @@ def _is_list(kind: Any) -> bool:
 
     lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     return any(is_so(kind) for is_so in lists)
+
+
+def _basename(name: str) -> str:
+    """Of a file, without its folder; of a member (``tar://member::archive``), its own."""
+    if _URL.match(name):
+        name = name.partition("::")[0]
+    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _choose(names: Sequence[str], wanted: str | None, file: str) -> str:
@@ -1279,9 +1403,63 @@ def native(rows: NDArray[Any], dtype: str) -> Any:
     return rows.view(kind) if rows.dtype == kind else rows.astype(kind)
 
 
-def _identity(about: dict[str, Any]) -> tuple[Any, ...]:
+def _identity(about: dict[str, Any]) -> tuple[str, ...]:
     """What changes when a file of fsspec does, as far as its system says."""
-    return tuple(str(about.get(n)) for n in ("size", "mtime", "LastModified", "ETag", "created"))
+    found = {name: about[name] for name in _IDENTITY if about.get(name) is not None}
+    if "mtime" in found:
+        found.pop("created", None)  # which local files have, too: when their mode was changed
+    return tuple(f"{name}={value}" for name, value in found.items())
+
+
+def _archive_state(url: str) -> tuple[str, ...]:
+    """The same of the archives that a member (``tar://member::archive``) lies in."""
+    _, chained, rest = url.partition("::")
+    if not chained:
+        return ()
+    system, path = _file_system(rest)
+    with _turn(system):
+        system.invalidate_cache(path)
+        about = system.info(path)
+    return (*(_identity(about) if about.get("type") == "file" else ()), *_archive_state(rest))
+
+
+def _state_of(name: str) -> tuple[Any, ...]:
+    """The ``state`` that a source of this file has now."""
+    if _basename(name).lower().endswith(".zarr"):
+        return _store_state(name)
+    file = Bytes(name)
+    file.close()
+    return file.state
+
+
+def _store_state(name: str) -> tuple[Any, ...]:
+    """Digest of the names and identities of all files of a Zarr store; nothing of one behind HTTP,
+    which lists no files."""
+    digest = hashlib.blake2b(digest_size=16)
+    if not _URL.match(name) or name.startswith("file://"):
+        root = name.removeprefix("file://")
+        for folder, folders, files in os.walk(root, followlinks=True):
+            folders.sort()
+            for one in sorted(files):
+                path = os.path.join(folder, one)
+                with naming(path):
+                    stat = os.stat(path)
+                about = (os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns)
+                digest.update(f"{about}\n".encode(errors="surrogateescape"))
+        return (digest.hexdigest(),)
+    system, path = _file_system(name)
+    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
+    if "http" in protocols:
+        return ()
+    with _turn(system):
+        system.invalidate_cache(path)
+        try:
+            listed = system.find(path, detail=True)
+        except FileNotFoundError:
+            listed = {}  # which opening it says
+    for one in sorted(listed):
+        digest.update(f"{(one, *_identity(listed[one]))}\n".encode(errors="surrogateescape"))
+    return (digest.hexdigest(), *_archive_state(name))
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -1289,12 +1467,39 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(url)
+        with _one_by_one:  # that of an archive reads what it holds
+            system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ImportError(f"score: {url} cannot be read: {_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"score: {url} cannot be read: {_line(error)}") from error
     return system, path
+
+
+def _reads_together(system: Any) -> bool:
+    """Whether several threads may read files of a system; none but asynchronous ones say so."""
+    from fsspec.asyn import AsyncFileSystem
+
+    while system is not None:
+        # By its type: a system that keeps copies of another's files says what the other is.
+        if not issubclass(type(system), AsyncFileSystem):
+            return False
+        system = vars(system).get("sync_fs") or vars(system).get("fs")  # that it stands before
+    return True
+
+
+def _turn(system: Any) -> AbstractContextManager[Any]:
+    """To be held while a system is read."""
+    return nullcontext() if _reads_together(system) else _one_by_one
+
+
+@contextmanager
+def _zarr_turn() -> Iterator[None]:
+    """The same for a Zarr store, which would read several chunks at a time."""
+    import zarr
+
+    with _one_by_one, zarr.config.set({"async.concurrency": 1}):
+        yield
 
 
 @contextmanager

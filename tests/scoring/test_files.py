@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import genkl_ext as gk
-from genkl_ext import reference
+from genkl_ext import reference, unfinished
 from genkl_ext.scoring import files as files_module
 from genkl_ext.scoring import (
     read_nc_list,
@@ -200,11 +201,10 @@ def test_keys_in_the_table_of_predictions(
     array[3] = np.nan
     paths = [tmp_path / f"p{i}.parquet" for i in range(2)]
     for i, path in enumerate(paths):
-        # Two shards of 250 rows, or two models of 500; only the first model's keys are read.
+        # Two shards of 250 rows, or two models of 500.
         rows = slice(i * 250, i * 250 + 250) if one_model else slice(0, 500)
         probs = pa.FixedSizeListArray.from_arrays(array[rows].reshape(-1), 10)
-        names = keys[rows] if one_model or i == 0 else ["other"] * 500
-        pq.write_table(pa.table({"key": names, "probs": probs}), path, row_group_size=70)
+        pq.write_table(pa.table({"key": keys[rows], "probs": probs}), path, row_group_size=70)
     written = []
     for name, given in (
         ("text", {"keys": tmp_path / "keys.txt"}),
@@ -620,3 +620,123 @@ def test_real_softmax_outputs(shared_data: Path, tmp_path: Path) -> None:
         assert_is_reference(result.scores, models[:count])
         assert 0 < result.nc_count < len(result) == 50_000
         assert pq.read_table(tmp_path / "t.parquet")["nc"].to_numpy().sum() == result.nc_count
+
+
+class Stop(Exception):
+    """What ends a job in these tests."""
+
+
+@pytest.fixture
+def long_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short jobs count as long, and every chunk is kept at once."""
+    monkeypatch.setattr(files_module, "RESUME_BYTES", 0)
+    monkeypatch.setattr(unfinished, "MARK_SECONDS", 0)
+
+
+def stop_at(row: int) -> Callable[[int, int], None]:
+    def progress(done: int, _: int) -> None:
+        if done >= row:
+            raise Stop
+
+    return progress
+
+
+def test_the_policy_for_bad_rows_may_change(
+    tmp_path: Path, predict: Predict, long_jobs: None
+) -> None:
+    """A job that a bad row has ended goes on with another policy, and the other way round."""
+    array = predict(900)
+    array[555, 3] = np.nan
+    (path,) = save(tmp_path, array)
+    given: dict[str, Any] = {"chunk_bytes": 100 * 40}
+    whole = score_files(path, RULE, tmp_path / "whole.parquet", on_bad_row="nan", **given)
+    with pytest.raises(ValueError, match="got nan at row 555, class 3") as said:
+        score_files(path, RULE, tmp_path / "t.parquet", **given)
+    with pytest.raises(Stop):
+        score_files(
+            path, RULE, tmp_path / "t.parquet", on_bad_row="nan", progress=stop_at(800), **given
+        )
+    with pytest.raises(ValueError, match="got nan at row 555, class 3") as again:
+        score_files(path, RULE, tmp_path / "t.parquet", **given)
+    assert str(again.value) == str(said.value)
+    done = score_files(path, RULE, tmp_path / "t.parquet", on_bad_row="nan", **given)
+    assert done.resumed >= 600 and done.bad_rows.tolist() == [555]
+    assert (tmp_path / "t.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert whole.bad_count == 1
+
+
+def test_keys_may_come_later(tmp_path: Path, predict: Predict, long_jobs: None) -> None:
+    (path,) = save(tmp_path, predict(900))
+    (tmp_path / "keys.txt").write_text("".join(f"k{i}\n" for i in range(900)))
+    given: dict[str, Any] = {"chunk_bytes": 100 * 40}
+    with pytest.raises(Stop):
+        score_files(path, RULE, tmp_path / "t.csv", progress=stop_at(500), **given)
+    done = score_files(path, RULE, tmp_path / "t.csv", keys=tmp_path / "keys.txt", **given)
+    score_files(path, RULE, tmp_path / "whole.csv", keys=tmp_path / "keys.txt", **given)
+    assert done.resumed >= 300
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["url", "zarr", "shards"])
+def test_an_input_changed_while_nobody_was_at_work(
+    tmp_path: Path, predict: Predict, long_jobs: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Even where no sample of it is taken."""
+    monkeypatch.setattr("genkl_ext.scoring.sources.sample_digest", lambda *_: "the same")
+    memory = fsspec.filesystem("memory")
+
+    def write(array: NDArray[Any]) -> str:
+        if kind == "url":
+            with memory.open("/changed/p.npy", "wb") as file:
+                np.save(file, array)
+            return "memory://changed/p.npy"
+        if kind == "zarr":
+            zarr = pytest.importorskip("zarr", reason="needs zarr")
+            store = tmp_path / "p.zarr"
+            if store.exists():
+                zarr.open_array(str(store), mode="r+")[:] = array
+            else:
+                zarr.save_array(str(store), array)
+            return str(store)
+        (tmp_path / "p").mkdir(exist_ok=True)
+        for i in range(2):
+            np.save(tmp_path / f"p/{i}.npy", array[450 * i : 450 * (i + 1)])
+        return str(tmp_path / "p")
+
+    given: dict[str, Any] = {"chunk_bytes": 100 * 40}
+    path = write(predict(900))
+    with pytest.raises(Stop):
+        score_files(path, RULE, tmp_path / "t.csv", progress=stop_at(500), **given)
+    time.sleep(0.02)
+    other = predict(900, seed=1)
+    assert write(other) == path
+    with pytest.raises(
+        ValueError, match=r"unfinished t\.csv.* is of other inputs or settings .*sta"
+    ):
+        score_files(path, RULE, tmp_path / "t.csv", **given)
+    with pytest.warns(UserWarning, match="begun anew"):
+        done = score_files(path, RULE, tmp_path / "t.csv", begin_anew=True, **given)
+    np.testing.assert_array_equal(done.scores.critical_alpha, RULE.score(other).critical_alpha)
+
+
+def test_keys_of_two_models_must_be_the_same(tmp_path: Path, predict: Predict) -> None:
+    names = [f"k{i}" for i in range(50)]
+    for i, keys in enumerate((names, [*names[:30], "other", *names[31:]], None)):
+        probs = pa.FixedSizeListArray.from_arrays(predict(50, seed=i).reshape(-1), 10)
+        columns = {"probs": probs} if keys is None else {"key": keys, "probs": probs}
+        pq.write_table(pa.table(columns), tmp_path / f"p{i}.parquet")
+    paths = [tmp_path / f"p{i}.parquet" for i in range(3)]
+    with pytest.raises(ValueError, match=r"(?=.*p0\.parquet)(?=.*p1\.parquet).*'other'.*") as said:
+        score_files(paths[:2], RULE, tmp_path / "t.csv", key_column="key")
+    assert "row 30" in str(said.value) and "'k30'" in str(said.value)
+    score_files(paths[::2], RULE, tmp_path / "t.csv", key_column="key")  # the other has none
+    assert (tmp_path / "t.csv").read_text().splitlines()[31].startswith('30,"k30",')
+
+
+@pytest.mark.parametrize("out", ["t.parquet", "t.csv", "t.npy"])
+def test_no_rows_take_up_and_leave_nothing(
+    tmp_path: Path, predict: Predict, long_jobs: None, out: str
+) -> None:
+    (path,) = save(tmp_path, predict(0))
+    assert score_files(path, RULE, tmp_path / out).rows == 0
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(["p0.npy", out])

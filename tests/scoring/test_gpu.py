@@ -132,6 +132,6 @@ def test_names_of_no_device(tmp_path: Path, name: str) -> None:
 
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     np.save(tmp_path / "p.npy", rows(3))
-    with pytest.raises(ValueError, match="^score: device cuda:99 needs GPU 99, and this machine "):
+    with pytest.raises(ValueError, match="^score: device cuda:99 needs GPU 99, and this process "):
         score_files(tmp_path / "p.npy", RULE, device="cuda:99")
     assert gpu.device_of("cpu") is None

@@ -340,6 +340,9 @@ def key_table(path: Path, keys: pa.Array | pa.ChunkedArray, group: int = 7) -> P
         pa.uint64(),
         pa.int8(),
         pa.dictionary(pa.int32(), pa.string()),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
     ],
     ids=str,
 )
@@ -398,6 +401,83 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
         KeyColumn([tmp_path / "p.npy"], "key", 2)
     with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist"):
         KeyColumn([tmp_path / "none.parquet"], "key", 2)
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    """That the predictions have no keys can be told from keys that are wrong."""
+    path = key_table(tmp_path / "p-0.parquet", pa.array(["a", "b"]))
+    with pytest.raises(sources.MissingColumn, match=r"must have a column 'name', got key, probs$"):
+        KeyColumn([path], "name", 2)
+    with pytest.raises(sources.MissingColumn, match=r"p\.npy must be one of"):
+        KeyColumn([tmp_path / "p.npy"], "key", 2)
+    for column, rows in (("key", 3), ("probs", 2)):
+        with pytest.raises(ValueError) as caught:
+            KeyColumn([path], column, rows)
+        assert not isinstance(caught.value, sources.MissingColumn)
+    other = pq.read_table(path).rename_columns(["name", "probs"])
+    pq.write_table(other, tmp_path / "p-1.parquet")
+    with pytest.raises(ValueError, match=r"p-1\.parquet must have a column 'key'") as caught:
+        KeyColumn([tmp_path], "key", 4)
+    assert not isinstance(caught.value, sources.MissingColumn)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())],
+    ids=str,
+)
+def test_bytes_that_are_no_text(tmp_path: Path, suffix: str, kind: pa.DataType) -> None:
+    values = [*(f"Zürich/{i}".encode() for i in range(10)), b"a\xffb", b"\xff"]
+    column = pa.array(values, kind)
+    with KeyColumn([key_table(tmp_path / f"p{suffix}", column)], "key", 12) as keys:
+        assert keys.slice(3, 5) == ["Zürich/3", "Zürich/4"]
+        message = (
+            rf"^score: .*p\{suffix}: column key must hold UTF-8 text, got b'a\\xffb' at row 10$"
+        )
+        with pytest.raises(ValueError, match=message):
+            keys.longest()
+
+
+def test_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the models are split, and whatever type the keys have."""
+    monkeypatch.setattr(keys_module, "_HASHED_ROWS", 7)
+    one = key_table(tmp_path / "one.parquet", pa.array(range(40)))
+    parts = [
+        key_table(tmp_path / f"p-{i}.arrow", pa.array(list(map(str, range(*span)))))
+        for i, span in enumerate([(0, 11), (11, 30), (30, 40)])
+    ]
+    with KeyColumn([one], "key", 40) as a, KeyColumn(parts, "key", 40) as b:
+        a.require_same(b)
+        b.require_same(a)
+
+
+@pytest.mark.parametrize("row", [0, 6, 7, 29, 39])
+def test_keys_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    monkeypatch.setattr(keys_module, "_HASHED_ROWS", 7)
+    names = [f"k{i}" for i in range(40)]
+    one = key_table(tmp_path / "one.parquet", pa.array(names))
+    listed = [*names[:row], *names[row:][::-1]] if row < 39 else [*names[:39], "other"]
+    parts = [
+        key_table(tmp_path / f"p-{i}.arrow", pa.array(listed[20 * i : 20 * i + 20]))
+        for i in range(2)
+    ]
+    with KeyColumn([one], "key", 40) as a, KeyColumn(parts, "key", 40) as b:
+        message = (
+            rf"^score: the rows of all models must be in the same order: key is 'k{row}' in row "
+            rf"{row} of .*one\.parquet, and '{listed[row]}' in row {row % 20} of "
+            rf".*p-{row // 20}\.arrow$"
+        )
+        with pytest.raises(ValueError, match=message):
+            a.require_same(b)
+        with pytest.raises(ValueError, match=rf"'{listed[row]}' in row {row % 20} of .*p-.*, and"):
+            b.require_same(a)
+    with (
+        KeyColumn([one], "key", 40) as a,
+        KeyColumn(parts[:1], "key", 20) as b,
+        pytest.raises(ValueError, match="one key for each of 40 rows, got 20$"),
+    ):
+        a.require_same(b)
 
 
 def test_column_of_a_file_that_changes(tmp_path: Path) -> None:

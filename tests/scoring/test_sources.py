@@ -8,20 +8,23 @@ import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.tar import TarFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -29,6 +32,7 @@ from safetensors.numpy import save_file
 import genkl_ext as gk
 from genkl_ext.scoring import sources
 from genkl_ext.scoring.chunks import empty_rows, score_rows
+from genkl_ext.scoring.keys import KeyColumn
 from genkl_ext.scoring.sources import (
     natural,
     open_models,
@@ -410,6 +414,38 @@ def test_a_row_group_is_read_piece_by_piece(
         assert 0 < max(sizes) <= 4096 // (K * 4)
 
 
+@pytest.mark.parametrize("name", ["p", "p.q"])
+@pytest.mark.parametrize("lists", [True, False])
+def test_rows_that_repeat_are_read_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lists: bool
+) -> None:
+    """One-hot rows take next to nothing in the file, and as much as others in memory."""
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 4096)
+    q = np.zeros((5000, K), np.float32)
+    q[:, 2] = 1
+    columns = {f"{name}.{c}": q[:, c] for c in range(K)}
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({name: fixed(q)} if lists else columns), path)
+    assert pq.read_metadata(path).row_group(0).total_byte_size < q.nbytes / 10
+    with open_source(path) as source:
+        assert isinstance(source, sources.Table)
+        np.testing.assert_array_equal(source.rows(2000, 2010), q[2000:2010])
+        assert source._piece is not None and 100 < len(source._piece[2]) <= 4096 // (4 * K)
+
+
+def test_an_arrow_file_is_not_opened_for_each_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    open_file = pa.ipc.open_file
+    monkeypatch.setattr(pa.ipc, "open_file", lambda *a, **b: opened.append(a) or open_file(*a, **b))
+    with open_source(**write_arrow(tmp_path / "p", rows(500))) as source:
+        for start in range(0, 500, 9):
+            stop = min(start + 9, 500)
+            np.testing.assert_array_equal(source.rows(start, stop), rows(500)[start:stop])
+    assert len(opened) == 2
+
+
 def test_a_piece_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an error whenever it is read, and the others are not."""
     monkeypatch.setattr(sources, "_PIECE_BYTES", 4096)
@@ -497,6 +533,308 @@ def test_urls(tmp_path: Path, write: Write) -> None:
         open_source(folder + "/none.npy")
     with open_source(f"file://{about['path']}", **{k: about[k] for k in about if k != "path"}) as s:
         np.testing.assert_array_equal(s.rows(0, 53), q)
+
+
+def archive_of(folder: Path, kind: str) -> str:
+    """What comes after the name of a member in the URLs of an archive of all that a folder has."""
+    path = folder.parent / f"{folder.name}.{kind}"
+    files = sorted(one for one in folder.rglob("*") if one.is_file())
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for one in files:
+                packed.write(one, one.relative_to(folder))
+    else:
+        with tarfile.open(path, "w") as archive:
+            for one in files:
+                archive.add(one, str(one.relative_to(folder)))
+    return f"::file://{path}"
+
+
+class SlowFile:
+    """Gives other threads the time to move its place before it is read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def seek(self, *place: int) -> Any:
+        self._file.seek(*place)
+        time.sleep(0.0002)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def shared_archives(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """All who open members of a tar get one file system, as some versions of fsspec do it. It is
+    made slow by being called with the URL of a member."""
+
+    def slow_down(url: str) -> None:
+        system, _ = fsspec.core.url_to_fs(url)
+        system.tar.fileobj = SlowFile(system.tar.fileobj)
+
+    monkeypatch.setattr(TarFileSystem, "cachable", True)
+    yield slow_down
+    TarFileSystem.clear_instance_cache()
+
+
+def read_together(sources_: list[Any], wanted: list[np.ndarray], step: int) -> None:
+    """Several threads read each source, all of them at the same time."""
+    start = threading.Barrier(2 * len(sources_))
+
+    def read(i: int, begin: int) -> None:
+        start.wait()
+        for _ in range(3):
+            for row in range(begin, len(wanted[i]), step):
+                got = sources_[i].rows(row, min(row + step, len(wanted[i])))
+                np.testing.assert_array_equal(got, wanted[i][row : row + step])
+
+    with ThreadPoolExecutor(2 * len(sources_)) as pool:
+        for done in [pool.submit(read, i, j) for i in range(len(sources_)) for j in (0, 7)]:
+            done.result()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("write", [write_npy, write_parquet, write_arrow, write_compressed])
+def test_members_of_an_archive_are_read_together(
+    tmp_path: Path, shared_archives: Callable[[str], None], kind: str, write: Write
+) -> None:
+    """The system of a tar has one file object for all: its place is not moved by others."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    wanted = [rows(2000, seed=i) for i in range(2)]
+    names = [write(folder / f"p-{i}", q)["path"].name for i, q in enumerate(wanted)]
+    end = archive_of(folder, kind)
+    if kind == "tar":
+        shared_archives(f"tar://{names[0]}{end}")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_source(f"{kind}://{name}{end}")) for name in names]
+        opened += [stack.enter_context(open_source(f"{kind}://{names[0]}{end}"))]
+        read_together(opened, [*wanted, wanted[0]], 101 if write is not write_compressed else 701)
+        for source in opened:
+            source.check_unchanged()
+
+
+def test_an_archive_in_an_archive(tmp_path: Path, shared_archives: Callable[[str], None]) -> None:
+    """Two inner ones have a file object each, and the outer one has one for both."""
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    wanted = [rows(2000, seed=i) for i in range(2)]
+    for i, q in enumerate(wanted):
+        inner = outer / f"in-{i}"
+        inner.mkdir()
+        np.save(inner / "p.npy", q)
+        archive_of(inner, "tar")
+    end = archive_of(outer, "tar")
+    shared_archives(f"tar://in-0.tar{end}")
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_source(f"tar://p.npy::tar://in-{i}.tar{end}"))
+            for i in range(2)
+        ]
+        read_together(opened, wanted, 101)
+
+
+@pytest.mark.usefixtures("shared_archives")
+def test_zarr_in_an_archive(tmp_path: Path) -> None:
+    """Zarr itself reads several chunks at a time."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    wanted = [rows(1000, seed=i) for i in range(2)]
+    for i, q in enumerate(wanted):
+        write_zarr(folder / f"p-{i}", q)
+    end = archive_of(folder, "tar")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_source(f"tar://p-{i}.zarr{end}")) for i in range(2)]
+        read_together(opened, wanted, 500)
+        for source in opened:
+            source.check_unchanged()
+
+
+def test_models_of_an_archive_are_scored(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    wanted = [rows(3000, seed=i) for i in range(2)]
+    for i, q in enumerate(wanted):
+        np.save(folder / f"p-{i}.npy", q)
+    end = archive_of(folder, "tar")
+    got = gk.score_files([f"tar://p-{i}.npy{end}" for i in range(2)], RULE, chunk_bytes=2000)
+    np.testing.assert_array_equal(got.scores.critical_alpha, RULE.score(wanted).critical_alpha)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_shards_in_an_archive(tmp_path: Path, kind: str) -> None:
+    """Members are what their own names say, not that of the archive."""
+    folder = tmp_path / "p.npy"  # p.npy.tar
+    (folder / "sub").mkdir(parents=True)
+    q = rows(30)
+    for i in range(3):
+        write_parquet(folder / "sub" / f"p-{i + 8}", q[10 * i : 10 * i + 10])
+    (folder / "sub" / ".p-8.parquet").write_bytes(b"half")
+    end = archive_of(folder, kind)
+    for name in ("sub", "sub/p-*.parquet"):
+        with open_source(f"{kind}://{name}{end}") as source:
+            np.testing.assert_array_equal(source.rows(0, 30), q)
+            assert [f.name for f in source.fingerprints()] == [
+                f"p-{i}.parquet:probs" for i in (8, 9, 10)
+            ]
+            source.check_unchanged()
+    with KeyColumn([f"{kind}://sub{end}"], "key", 30) as keys:
+        assert keys.slice(8, 12) == ["8", "9", "0", "1"]
+
+
+class FarFileSystem(AsyncFileSystem):
+    """Files in memory that any threads may read, as those of a server."""
+
+    protocol = "far"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        content = self.files[self._strip_protocol(path)]
+        return {"name": path, "type": "file", "size": len(content), "ETag": hash(content)}
+
+    async def _cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+        return self.files[self._strip_protocol(path)][start:end]
+
+
+def test_which_systems_are_read_by_several_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("far", FarFileSystem, clobber=True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.save(folder / "p.npy", rows(300))
+    monkeypatch.setitem(FarFileSystem.files, "p.npy", (folder / "p.npy").read_bytes())
+    with open_source("far://p.npy") as source:
+        assert source.concurrent_reads() > 1
+        read_together([source], [rows(300)], 7)
+    with open_source(f"tar://p.npy{archive_of(folder, 'tar')}") as source:
+        assert source.concurrent_reads() == 1
+    far = fsspec.filesystem("far")
+    archive = fsspec.filesystem("tar", fo=str(tmp_path / "folder.tar"))
+    for system in (
+        archive,
+        fsspec.filesystem("memory"),
+        fsspec.filesystem("dir", fs=archive, path="/"),
+    ):
+        assert not sources._reads_together(system)
+    assert sources._reads_together(fsspec.filesystem("dir", fs=far, path="/"))
+    # It writes its copies without a thought of other threads.
+    assert not sources._reads_together(fsspec.filesystem("blockcache", fs=far))
+
+
+def test_file_objects_have_places_of_their_own(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    content = bytes(range(256)) * 300
+    memory.pipe(f"/{tmp_path.name}/file", content)
+    file = sources.Bytes(f"memory://{tmp_path.name}/file")
+    with file.open() as a, file.open() as b:
+        assert a.read(10) == content[:10] and b.read(5) == content[:5]
+        assert b.seek(-7, os.SEEK_END) == len(content) - 7 == b.tell()
+        assert a.read(70_000) == content[10:70_010] and b.read() == content[-7:]
+        assert a.seek(-10, os.SEEK_CUR) == 70_000 and a.read(3) == content[70_000:70_003]
+        assert b.read(1) == b"" and a.seek(10**9) == 10**9 and a.read(1) == b""
+        with pytest.raises(ValueError, match="must be 0 or more, got -1"):
+            a.seek(-len(content) - 1, os.SEEK_END)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """The same size, and a time that tells, whatever the clock shows."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def test_states_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "OPEN_SHARDS", 1)
+    for i in range(3):
+        np.save(tmp_path / f"p-{i}.npy", rows(seed=i))
+
+    def states(path: Path) -> tuple[str, ...]:
+        with open_source(path) as source:
+            assert len(source.states()) == len(source.fingerprints())
+            return source.states()
+
+    before = states(tmp_path)
+    assert states(tmp_path) == before and len(before) == 3
+    assert states(tmp_path / "p-1.npy") == before[1:2]
+    rewrite(tmp_path / "p-1.npy", (tmp_path / "p-2.npy").read_bytes())
+    after = states(tmp_path)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_states_of_far_files(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}/p.npy"
+    memory.pipe(url, npy_of(rows()))
+    with open_source(url) as source:
+        before = source.states()
+    with open_source(url) as source:
+        assert source.states() == before
+        memory.pipe(url, npy_of(rows(seed=1)))
+        with pytest.raises(ValueError, match=r"p\.npy was changed while it was read$"):
+            source.check_unchanged()
+    with open_source(url) as source:
+        assert source.states() != before
+
+
+def test_states_of_members_of_an_archive(tmp_path: Path) -> None:
+    """Archives that are made to be equal say one time for all members: their own counts, too."""
+
+    def pack(seed: int) -> None:
+        content = npy_of(rows(seed=seed))
+        member = tarfile.TarInfo("p.npy")
+        member.size = len(content)
+        with tarfile.open(tmp_path / "p.tar", "w") as archive:
+            archive.addfile(member, io.BytesIO(content))
+        os.utime(tmp_path / "p.tar", ns=(seed, seed))
+
+    pack(0)
+    with open_source(f"tar://p.npy::file://{tmp_path}/p.tar") as source:
+        before = source.states()
+        source.check_unchanged()
+        pack(1)
+        with pytest.raises(ValueError, match=r"p\.tar was changed while it was read$"):
+            source.check_unchanged()
+    with open_source(f"tar://p.npy::{tmp_path}/p.tar") as source:
+        assert source.states() != before
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_states_of_zarr(tmp_path: Path, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any file of the store counts; also of one that several stores were opened after."""
+    monkeypatch.setattr(sources, "OPEN_SHARDS", 1)
+    for i in range(3):
+        write_zarr(tmp_path / f"p-{i}", rows())
+    memory = fsspec.filesystem("memory")
+    folder = f"memory://{tmp_path.name}" if far else str(tmp_path)
+    if far:
+        memory.put(f"{tmp_path}/", f"/{tmp_path.name}/", recursive=True)
+
+    def change() -> None:
+        chunk = tmp_path / "p-0.zarr" / "c" / "2" / "0"
+        if far:
+            memory.pipe(f"/{tmp_path.name}/p-0.zarr/c/2/0", chunk.read_bytes())
+        else:
+            rewrite(chunk, chunk.read_bytes())
+
+    with open_source(folder) as source, open_source(f"{folder}/p-0.zarr") as first:
+        assert source.states()[0] == first.states()[0] != source.states()[1]
+        for one in (source, first):
+            one.check_unchanged()
+        change()
+        for one in (source, first):
+            with pytest.raises(ValueError, match=r"p-0\.zarr was changed while it was read$"):
+                one.check_unchanged()
+        with open_source(folder) as now:
+            same = [a == b for a, b in zip(now.states(), source.states(), strict=True)]
+        assert same == [False, True, True]
+
+
+def test_a_zarr_store_behind_http_says_nothing() -> None:
+    pytest.importorskip("aiohttp")
+    assert sources._store_state("http://localhost:1/p.zarr") == ()
 
 
 @pytest.mark.parametrize("name", ["with space.npy", "ünï-çødé.npy", "a[1].npy", "#%20.npy"])
