@@ -1,7 +1,8 @@
 """``Journal``: the finished parts of a long job, kept where its death does not lose them.
 
 A file with one line per part, each with its checksum. Opened again by the same job, it gives the
-parts back up to the first line that is not whole; a journal of another job is begun anew.
+parts back up to the first line that is not whole; a journal of another job is begun anew, unless
+whoever opens it decides otherwise.
 """
 
 from __future__ import annotations
@@ -10,24 +11,12 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .files import naming, open_locked
-
-
-class OtherJob(ValueError):
-    """A journal has parts of another job.
-
-    Attributes:
-        about: what they depend on.
-        parts: these.
-    """
-
-    def __init__(self, path: Path, about: Any, parts: list[Any]) -> None:
-        super().__init__(f"{path} is the journal of another job")
-        self.about, self.parts = about, parts
 
 
 class Journal:
@@ -36,31 +25,38 @@ class Journal:
     Args:
         path: the file, made if it is not there.
         about: what the parts depend on, as JSON knows it.
-        begin_anew: parts of another job are thrown away, not an error.
+        take_up: whether to go on with what is found, given what that is about and its parts. The
+            file is as it was until then, and stays so if this raises. By default, if it is about
+            the same.
 
     Attributes:
-        parts: those found in the file.
-        begun_anew: parts of another job were thrown away.
+        parts: those that were taken up.
+        begun_anew: parts were thrown away.
 
     Raises:
-        OSError: the file cannot be opened, or another process has it. OtherJob: it has parts of
-            another job.
+        OSError: the file cannot be opened, or another process has it.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any], *, begin_anew: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        about: dict[str, Any],
+        *,
+        take_up: Callable[[Any, list[Any]], bool] | None = None,
+    ) -> None:
         self._path = path
         self._file = open_locked(path)
         try:
             with naming(path):
                 found, size = _read(path)
-            mine = bool(found) and found[0] == about
-            self.parts: list[Any] = found[1:] if mine else []
-            self.begun_anew = len(found) > 1 and not mine
-            if self.begun_anew and not begin_anew:
-                raise OtherJob(path, found[0], found[1:])
+            goes_on = bool(found) and (
+                found[0] == about if take_up is None else take_up(found[0], found[1:])
+            )
+            self.parts: list[Any] = found[1:] if goes_on else []
+            self.begun_anew = len(found) > 1 and not goes_on
             with naming(path):
-                os.ftruncate(self._file, size if mine else 0)
-            if not mine:
+                os.ftruncate(self._file, size if goes_on else 0)
+            if not goes_on:
                 self.append(about)
         except BaseException:
             os.close(self._file)
@@ -93,6 +89,13 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         os.close(self._file)
+
+
+def parts_about(path: Path, about: Any) -> list[Any]:
+    """The parts in a journal as it is now; none if it is about something else."""
+    with naming(path):
+        found, _ = _read(path)
+    return found[1:] if found[:1] == [about] else []
 
 
 def _line(part: Any) -> bytes:

@@ -8,6 +8,11 @@ Both lie beside the target, and neither is left when it is complete. A job that 
 with any number of processes, takes up what is there if it would fill the same file. If not, it is
 refused, or begins anew where it was told to. Batches that are not as they were written are filled
 again.
+
+A journal begins with ``{"format": 2, "about": ...}``. Its parts are ``{"new": BYTES}``, a new file
+of so many bytes was begun, and ``{"batches": [[BATCH, CRC-32], ...], "noted": [...]}``. What the
+first process's journal is about tells whose the file is, and a file that is not there, or has
+another size, holds nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +25,22 @@ import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .files import naming, sync_folder, writable_target
-from .journal import Journal, OtherJob
+from .journal import Journal, parts_about
 from .ranks import Ranks
 
 MARK_SECONDS = 5.0  # of work that a killed job may lose; a sync then costs next to nothing
-_VOID = None  # a part of a journal: those before it are of a file that is no more
+_FORMAT = 2  # of the journals
 
 Noted = Sequence[Any]  # of some rows: the first row, then what there is to say, as JSON knows it
+
+# What to do with the rows that an earlier job has left. False: those of the same job are kept, and
+# those of another job are a reason to refuse; "if other": these are thrown away; True: all are.
+BeginAnew = bool | Literal["if other"]
 
 
 class Unfinished:
@@ -46,7 +55,8 @@ class Unfinished:
         ranks: of the job.
         header: bytes before the first row.
         name: of the work, for messages.
-        begin_anew: throw away what a job on another file has left.
+        begin_anew: throw away what an earlier job has left: True, in any case; "if other", of a job
+            on another file; False, never.
 
     Attributes:
         todo: the batches that this process has to fill, ascending.
@@ -56,12 +66,12 @@ class Unfinished:
 
     Raises:
         OSError: the target cannot be written, or another job is at work on it. ValueError: this
-            process is about to fill another file than the first one; a job on another file has
-            left work, and ``begin_anew`` is not given.
+            process is about to fill another file than the first one; a job on another file, or
+            another version of this module, has left work, and ``begin_anew`` is False.
 
     Warns:
-        UserWarning: what a job with other settings had left was thrown away; some of what this
-            job had left is damaged.
+        UserWarning: what an earlier job had left was thrown away; some of what this job had left
+            is damaged.
     """
 
     def __init__(
@@ -75,11 +85,15 @@ class Unfinished:
         ranks: Ranks,
         header: bytes = b"",
         name: str = "predict",
-        begin_anew: bool = False,
+        begin_anew: BeginAnew = False,
     ) -> None:
+        if begin_anew not in (False, True, "if other"):
+            raise ValueError(
+                f"{name}: begin_anew must be False, True or 'if other', got {begin_anew!r}"
+            )
         self._target = writable_target(out)
         self.partial = self._target.with_name(f".{self._target.name}.partial")
-        self._about = about
+        self._head = {"format": _FORMAT, "about": about}
         self._ranks = ranks
         self._name = name
         self._begin_anew = begin_anew
@@ -91,12 +105,14 @@ class Unfinished:
         self._filled: list[tuple[int, int]] = []  # since the last part: batch, its CRC-32
         self._fresh: list[Noted] = []  # noted since the last part
         self._marked = time.monotonic()
+        self._thrown_away = ""  # why, if anything was
         self.noted: list[Noted] = []
         with ExitStack() as stack:
             finished: list[int] = []
             if ranks.first:
                 path = _journal_path(self._target, 0)
-                self._journal = stack.enter_context(self._open_journal(path))
+                journal = Journal(path, self._head, take_up=self._is_taken_up)
+                self._journal = stack.enter_context(journal)
                 finished = self._take_up()
             finished, first_about = ranks.broadcast([finished, about])
             if first_about != about:
@@ -107,7 +123,7 @@ class Unfinished:
                 )
             if not ranks.first:
                 path = _journal_path(self._target, ranks.rank)
-                self._journal = stack.enter_context(Journal(path, about))
+                self._journal = stack.enter_context(Journal(path, self._head))
             try:
                 self._file = os.open(self.partial, os.O_WRONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
@@ -166,7 +182,7 @@ class Unfinished:
     def discard(self) -> None:
         """Remove the file: what was to be made from it is made."""
         if self._ranks.first:
-            self.partial.unlink()
+            self.partial.unlink(missing_ok=True)
             self._journal.remove()
 
     def gather(self) -> list[Noted]:
@@ -185,7 +201,7 @@ class Unfinished:
         noted: list[Noted] = []
         if self._ranks.first:
             self._gather()
-            finished, noted = _sum_up(self._parts)
+            _, finished, noted = _sum_up(self._parts)
             if self._ranks.size > 1:  # and perhaps on several machines
                 finished = self._intact(finished)
             if len(finished) != self._batches:
@@ -201,30 +217,44 @@ class Unfinished:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def _open_journal(self, path: Path) -> Journal:
-        """One that an earlier job may have left."""
+    def _is_taken_up(self, head: Any, parts: list[Any]) -> bool:
+        """Whether to go on with what the first process of an earlier job has left in its journal.
+
+        Raises:
+            ValueError: rows of another job would be lost.
+        """
+        for path in self._journals_of_others():
+            parts = parts + parts_about(path, head)
+        mine = self._head["about"]
         try:
-            return Journal(path, self._about, begin_anew=self._begin_anew)
-        except OtherJob as other:
-            finished, _ = _sum_up(other.parts)
-            if not finished:
-                journal = Journal(path, self._about)
-                journal.begun_anew = False  # nothing was lost
-                return journal
+            theirs, left = _about_in(head), _sum_up(parts)
+        except _OtherFormat:
+            lost = bool(parts) and self.partial.exists()  # in what size, that version knows
+            was = "was begun by another version of genkl_ext"
+            refusal = f" {was}: finish it with that version"
+        else:
+            if theirs == mine and self._begin_anew is not True:
+                return True
+            lost = bool(left.finished) and self._is_there(left.size)
+            was = "was thrown away" if theirs == mine else "was of other inputs or settings"
+            refusal = (
+                f", of which {len(left.finished)} batches are done, is of other inputs or settings "
+                f"({', '.join(_differences(theirs, mine))}): start that job again to finish it"
+            )
+        if lost and not self._begin_anew:
             raise ValueError(
-                f"{self._name}: an unfinished {self._target.name}, of which "
-                f"{len(finished)} batches are done, is of other inputs or settings "
-                f"({', '.join(_differences(other.about, self._about))}): start that job again to "
-                "finish it, or give begin_anew (--begin-anew) to throw it away"
-            ) from None
+                f"{self._name}: an unfinished {self._target.name}{refusal}, or give begin_anew "
+                "(--begin-anew) to throw it away"
+            )
+        self._thrown_away = was if lost else ""
+        return False
 
     def _take_up(self) -> list[int]:
         """The batches that earlier jobs have left; a new file if there are none."""
         self._parts = self._journal.parts
-        thrown_away = self._gather() or self._journal.begun_anew
-        finished, self.noted = _sum_up(self._parts)
-        there = self.partial.is_file() and self.partial.stat().st_size == self._size
-        if finished and there:
+        self._gather()
+        _, finished, self.noted = _sum_up(self._parts)
+        if finished and self._is_there(self._size):
             intact = self._intact(finished)
             if len(intact) < len(finished):
                 warnings.warn(
@@ -233,17 +263,20 @@ class Unfinished:
                     stacklevel=4,
                 )
             return sorted(intact)
-        if thrown_away:
+        if self._thrown_away:
             warnings.warn(
-                f"{self._name}: an unfinished {self._target.name} was of other inputs or "
-                "settings; begun anew",
+                f"{self._name}: an unfinished {self._target.name} {self._thrown_away}; begun anew",
                 stacklevel=4,
             )
         self.noted = []
-        self._note(_VOID)  # before the new file is there: it is empty
+        self._note({"new": self._size})  # before the new file is there: it is empty
         self._journal.sync()
         self._create()
         return []
+
+    def _is_there(self, size: int | None) -> bool:
+        """Whether the partial file is, in its size."""
+        return self.partial.is_file() and self.partial.stat().st_size == size
 
     def _intact(self, finished: dict[int, int]) -> dict[int, int]:
         """Those of finished batches that are in the file as they were written."""
@@ -256,23 +289,19 @@ class Unfinished:
                     intact[batch] = crc
         return intact
 
-    def _gather(self) -> bool:
-        """Move the parts of the other processes' journals, which have ended, into this one's.
-
-        Returns:
-            Whether one of them was of another file.
-        """
-        foreign = False
-        name = glob.escape(self._target.name)
-        for path in sorted(self._target.parent.glob(f".{name}.journal-*")):
-            if path == _journal_path(self._target, 0):
-                continue
-            with self._open_journal(path) as other:
-                for part in other.parts:
+    def _gather(self) -> None:
+        """Move the parts of the other processes' journals, which have ended, into this one's."""
+        for path in self._journals_of_others():
+            with Journal(path, self._head) as other:
+                # Before a file was begun here, they are of one that was thrown away.
+                for part in other.parts if self._parts else []:
                     self._note(part)
-                foreign |= other.begun_anew
                 other.remove()
-        return foreign
+
+    def _journals_of_others(self) -> list[Path]:
+        name = glob.escape(self._target.name)
+        found = sorted(self._target.parent.glob(f".{name}.journal-*"))
+        return [path for path in found if path != _journal_path(self._target, 0)]
 
     def _create(self) -> None:
         self.partial.unlink(missing_ok=True)
@@ -280,7 +309,8 @@ class Unfinished:
             # Not tempfile: its files are readable by their owner only, and would stay so.
             file = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                os.posix_fallocate(file, 0, self._size)  # a full disk shows now, not in hours
+                if self._size:  # which must not be 0 there
+                    os.posix_fallocate(file, 0, self._size)  # a full disk shows now, not in hours
                 os.pwrite(file, self._header, 0)
             finally:
                 os.close(file)
@@ -306,30 +336,83 @@ def _journal_path(target: Path, rank: int) -> Path:
     return target.with_name(f".{target.name}.journal-{rank}")
 
 
-def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
+def _differences(theirs: Any, mine: Any) -> list[str]:
     """What two jobs differ in, in words: ``rule.alpha 1.0, not 1.05``."""
-    if not isinstance(theirs, dict):
+    if not isinstance(theirs, dict) or not isinstance(mine, dict):
         return ["of another kind"]
     found = []
     for name in sorted(mine.keys() | theirs.keys()):
         a, b = theirs.get(name), mine.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += [f"{name}.{one}" for one in _differences(a, b)]
+        elif isinstance(a, list) and isinstance(b, list) and a != b:
+            found.append(f"{name}: {_difference_of_lists(a, b)}")
         elif a != b:
             short = all(isinstance(one, (str, int, float)) for one in (a, b))
             found.append(f"{name} {a!r}, not {b!r}" if short else name)
     return found
 
 
-def _sum_up(parts: list[Any]) -> tuple[dict[int, int], list[Noted]]:
-    """Finished batches with the CRC-32 of each, and what was noted, by row."""
+def _difference_of_lists(theirs: list[Any], mine: list[Any]) -> str:
+    """The first one: ``p1.npy in sample, state``; or the lengths: ``3, not 2``."""
+    if len(theirs) != len(mine):
+        return f"{len(theirs)}, not {len(mine)}"
+    i = next(i for i, a in enumerate(theirs) if a != mine[i])
+    a, b = theirs[i], mine[i]
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return f"number {i + 1}"
+    if a.get("name") != b.get("name"):
+        return f"{a.get('name')}, not {b.get('name')}"
+    fields = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return f"{a.get('name', f'number {i + 1}')} in {', '.join(fields)}"
+
+
+class _OtherFormat(ValueError):
+    """A journal says something that this version does not understand."""
+
+
+class _Left(NamedTuple):
+    """What earlier jobs have left."""
+
+    size: int | None  #: of the file, if one was begun
+    finished: dict[int, int]  #: the CRC-32 of each finished batch
+    noted: list[Noted]  #: by row
+
+
+def _about_in(head: Any) -> Any:
+    """What a journal with this first line is about."""
+    if not isinstance(head, dict) or head.get("format") != _FORMAT or "about" not in head:
+        raise _OtherFormat(head)
+    return head["about"]
+
+
+def _sum_up(parts: list[Any]) -> _Left:
+    """What these parts say.
+
+    Raises:
+        _OtherFormat: one of them is of no kind that this version writes.
+    """
+    size: int | None = None
     finished: dict[int, int] = {}
     noted: dict[int, Noted] = {}
     for part in parts:
-        if part is _VOID:
-            finished.clear()
-            noted.clear()
-            continue
-        finished.update(part["batches"])
-        noted.update((item[0], item) for item in part["noted"])
-    return finished, [noted[row] for row in sorted(noted)]
+        match part:
+            case {"new": int(size)}:
+                finished.clear()
+                noted.clear()
+            case {"batches": [*batches], "noted": [*rows]}:
+                for batch in batches:
+                    match batch:
+                        case [int(number), int(crc)] if number >= 0:
+                            finished[number] = crc
+                        case _:
+                            raise _OtherFormat(batch)
+                for row in rows:
+                    match row:
+                        case [int(number), *_]:
+                            noted[number] = row
+                        case _:
+                            raise _OtherFormat(row)
+            case _:
+                raise _OtherFormat(part)
+    return _Left(size, finished, [noted[row] for row in sorted(noted)])

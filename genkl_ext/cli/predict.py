@@ -62,7 +62,8 @@ def predict(
         threads: of each process, that read, decode and, on a CPU, compute; by default its share of
             the processors
         fast: trade exact pixels for speed of decoding
-        begin_anew: throw away an unfinished file of other weights, images or settings
+        begin_anew: throw away an unfinished file, which is otherwise continued, or refused if it is
+            of other weights, images or settings
 
     Example:
         genkl predict /data/clothing1m --weights best.safetensors -o probs.npy

@@ -38,7 +38,7 @@ from .. import __version__
 from ..data import ImageError, Manifest, make_loader
 from ..data.loader import Failure
 from ..ranks import Ranks
-from ..unfinished import Unfinished
+from ..unfinished import BeginAnew, Unfinished
 from .settings import Data, Engine
 
 PART = 8  # images that a thread of the CPU takes through the network together
@@ -69,7 +69,7 @@ def predict(
     ranks: Ranks,
     unusable: NDArray[np.bool_] | None = None,
     dtype: str = "float32",
-    begin_anew: bool = False,
+    begin_anew: BeginAnew = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predicted:
     """Write the softmax outputs of a network for all images of a manifest.
@@ -89,7 +89,8 @@ def predict(
         ranks: the processes of the job.
         unusable: (N,) which images are known to be broken; they are not read.
         dtype: of the file: "float32", or "float16", in which rows do not sum to 1 exactly (N5).
-        begin_anew: throw away an unfinished file of other weights, images or settings.
+        begin_anew: throw away an unfinished file: True, any; "if other", one of other weights,
+            images or settings; False, none.
         progress: called with (rows done, N), as far as this process can tell.
 
     Returns:
@@ -99,10 +100,10 @@ def predict(
         ImageError: an image cannot be used, and ``data.on_error`` is "raise". ValueError: the
             network gives something else than (n, k) logits, or no finite softmax of a healthy
             image; an unfinished file is of other weights, images or settings, and ``begin_anew``
-            is not given. OSError: the file cannot be written, or another job is at work on it.
+            is False. OSError: the file cannot be written, or another job is at work on it.
 
     Warns:
-        UserWarning: such a file was thrown away.
+        UserWarning: an unfinished file was thrown away.
     """
     out, n = Path(out), len(manifest)
     if out.suffix != ".npy":

@@ -172,7 +172,7 @@ def predict(job: Job, weights: Path, rows: Rows, out: Path) -> Facts:
         ranks=job.ranks,
         unusable=job.unusable[rows],
         dtype=dtype,
-        begin_anew=True,  # the recipe, or the training before, may have been changed
+        begin_anew="if other",  # the recipe, or the training before, may have been changed
         progress=job.progress("predicting"),
     )
     return {"rows": made.rows, "broken": [str(failure) for failure in made.broken]}
@@ -226,7 +226,7 @@ def score(
         keys=keys,
         nc_list=nc_list,
         leave_out=missing if missing.any() else None,
-        begin_anew=True,  # the recipe may have been changed
+        begin_anew="if other",  # the recipe may have been changed
         progress=progress,
     )
     return {

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import genkl_ext as gk
 from genkl_ext import unfinished
 from genkl_ext.files import atomic_write
+from genkl_ext.journal import Journal
 from genkl_ext.ranks import Ranks
 from genkl_ext.scoring import files, read_settings, score_files
 from genkl_ext.scoring.sources import Packed
@@ -101,10 +103,11 @@ def test_goes_on_after_an_error(
     ("what", "differs"),
     [
         ("rule", r"rule\.alpha 0\.9, not 1\.0"),
-        ("policy", "on_bad_row 'raise', not 'nan'"),
-        ("input", "inputs, modified"),
-        ("rows", r"inputs, keys\.sample '\w+', not '\w+', keys\.size 5130, not 4390, modified"),
-        ("keys", r"keys\.sample '\w+', not '\w+'"),
+        ("input", r"inputs: p1\.npy in sample, state"),
+        ("inputs", r"batch_rows 100, not 200, inputs: 2, not 1, models 2, not 1"),
+        ("order", r"inputs: p0\.npy, not p1\.npy"),
+        ("rows", r"inputs: p0\.npy in sample, shape, size, state"),
+        ("no rows", r"batch_rows 100, not 1, inputs: p0\.npy in sample, shape, size, state"),
         ("chunks", "batch_rows 100, not 150"),
     ],
 )
@@ -118,19 +121,20 @@ def test_other_work_is_refused(
     rule = RULE
     if what == "rule":
         rule = gk.GenKL(num_classes=5, alpha=1.0, beta=0.1, sigma=0.1)
-    elif what == "policy":
-        more["on_bad_row"] = "nan"
     elif what == "input":
         np.save(arrays / "p1.npy", np.load(arrays / "p1.npy")[::-1])
-    elif what == "rows":
+    elif what in ("rows", "no rows"):
+        rows = 900 if what == "rows" else 0
         for i in range(2):
-            np.save(arrays / f"p{i}.npy", np.load(arrays / f"p{i}.npy")[:900])
-        (arrays / "keys.txt").write_text("".join(f"k{i}\n" for i in range(900)))
-    elif what == "keys":
-        (arrays / "keys.txt").write_text("".join(f"m{i}\n" for i in range(1040)))
+            np.save(arrays / f"p{i}.npy", np.load(arrays / f"p{i}.npy")[:rows])
+        (arrays / "keys.txt").write_text("".join(f"k{i}\n" for i in range(rows)))
     elif what == "chunks":
         more["chunk_bytes"] = 3 * CHUNK
     inputs = [arrays / "p0.npy", arrays / "p1.npy"]
+    if what == "inputs":
+        inputs.pop()
+    elif what == "order":
+        inputs.reverse()
     given = {"keys": arrays / "keys.txt", "chunk_bytes": 2 * CHUNK, **more}
     message = (
         r"^score: an unfinished t\.parquet, of which \d batches are done, is of other inputs or "
@@ -142,17 +146,111 @@ def test_other_work_is_refused(
             score_files(inputs, rule, arrays / "t.parquet", **given)
         assert left == {name: (arrays / name).read_bytes() for name in hidden(arrays)}
         assert not (arrays / "t.parquet").exists()
-    if what in ("rule", "policy", "chunks"):
+    if what in ("rule", "inputs", "order", "chunks"):
         assert job(arrays, "t.parquet").resumed > 0
         stopped(arrays, "t.parquet", monkeypatch, 5)
     message = r"^score: an unfinished t\.parquet was of other inputs or settings; begun anew$"
     with pytest.warns(UserWarning, match=message):
         result = score_files(inputs, rule, arrays / "t.parquet", begin_anew=True, **given)
     assert result.resumed == 0
-    expected = rule.score([np.load(path) for path in inputs])
     table = pq.read_table(arrays / "t.parquet")
-    np.testing.assert_array_equal(table["critical_alpha"], expected.critical_alpha)
+    assert len(table) == len(np.load(inputs[0]))
+    if len(table):
+        expected = rule.score([np.load(path) for path in inputs])
+        np.testing.assert_array_equal(table["critical_alpha"], expected.critical_alpha)
     assert hidden(arrays) == []
+
+
+@pytest.mark.parametrize(("begin_anew", "warned"), [("if other", False), (True, True)])
+def test_the_same_job_begins_anew_on_demand(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch, begin_anew: Any, warned: bool
+) -> None:
+    job(arrays, "whole.parquet")
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = job(arrays, "t.parquet", begin_anew=begin_anew)
+        assert (result.resumed == 0) == warned
+        job(arrays, "t.parquet", begin_anew=begin_anew)  # there is nothing to throw away
+    message = "score: an unfinished t.parquet was thrown away; begun anew"
+    assert [str(one.message) for one in caught] == [message] * warned
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+    assert hidden(arrays) == []
+
+
+def test_other_keys_go_with_the_scores_there_are(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    (arrays / "keys.txt").write_text("".join(f"m{i}\n" for i in range(1040)))
+    whole = job(arrays, "whole.parquet")
+    assert job(arrays, "t.parquet").resumed > 0 == whole.resumed
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("first", ["nan", "skip"])
+def test_another_policy_goes_with_the_scores_there_are(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """And "raise" finds the bad row among them."""
+    q = np.load(arrays / "p0.npy")
+    q[205, 2] = np.nan
+    np.save(arrays / "p0.npy", q)
+    stopped(arrays, "t.parquet", monkeypatch, 5, on_bad_row=first)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"p0\.npy must be finite .* at row 205, class 2$"):
+            job(arrays, "t.parquet")
+    other = {"nan": "skip", "skip": "nan"}[first]
+    whole = job(arrays, "whole.parquet", on_bad_row=other)
+    again = job(arrays, "t.parquet", on_bad_row=other)
+    assert again.resumed > 205 and again.bad_rows.tolist() == whole.bad_rows.tolist() == [205]
+    assert (arrays / "t.parquet").read_bytes() == (arrays / "whole.parquet").read_bytes()
+
+
+def test_a_complete_table_is_no_reason_to_refuse(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job that ended between the removal of its rows and that of its journal."""
+
+    def killed(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job(arrays, "t.parquet")
+    assert (arrays / "t.parquet").exists() and hidden(arrays) == [".t.parquet.journal-0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert job(arrays, "t.parquet", chunk_bytes=3 * CHUNK).resumed == 0
+    assert hidden(arrays) == []
+
+
+def test_the_stage_of_a_run_goes_on_or_begins_anew(
+    arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe may have been changed, and nobody is there to say what shall become of the rows."""
+    from genkl_ext.training import stages
+
+    members = [arrays / "p0.npy", arrays / "p1.npy"]
+
+    def score(rule: gk.GenKL) -> list[int]:
+        calls: list[int] = []
+        stages.score(
+            members, rule, arrays / "keys.txt", arrays / "t.parquet", arrays / "nc.txt",
+            lambda done, _: calls.append(done),
+        )  # fmt: skip
+        return calls
+
+    given = dict(score_files.__kwdefaults__ or {})
+    monkeypatch.setattr(score_files, "__kwdefaults__", {**given, "chunk_bytes": 2 * CHUNK})
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score(RULE)[0] >= 400
+    stopped(arrays, "t.parquet", monkeypatch, 5)
+    with pytest.warns(UserWarning, match="of other inputs or settings; begun anew$"):
+        assert score(gk.GenKL(num_classes=5, alpha=1.0, beta=0.1, sigma=0.1))[0] == 100
 
 
 def test_a_truncated_input_is_refused_and_the_work_kept(
@@ -246,7 +344,7 @@ def test_a_file_that_was_touched_is_another(arrays: Path, monkeypatch: pytest.Mo
     q = np.load(arrays / "p0.npy")
     np.save(arrays / "p0.npy", q[::-1])
     os.utime(arrays / "p0.npy", ns=(1, 1))
-    with pytest.raises(ValueError, match=r"other inputs or settings \(modified\): start that job"):
+    with pytest.raises(ValueError, match=r"settings \(inputs: p0\.npy in state\): start that job"):
         job(arrays, "t.parquet")
     with pytest.warns(UserWarning, match="begun anew"):
         result = job(arrays, "t.parquet", begin_anew=True)

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import threading
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from genkl_ext import unfinished
 from genkl_ext.data import ImageError, Manifest, Transforms
 from genkl_ext.ranks import Ranks
 from genkl_ext.training import predict as predict_module
+from genkl_ext.training import stages
 from genkl_ext.training.predict import Accuracy, accuracy, predict
 from genkl_ext.training.settings import Data, Engine
 
@@ -421,6 +424,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_what_another_job_left_is_not_used(
     shared: Manifest, whole: bytes, tmp_path: Path, marked_at_once: None, other: str
 ) -> None:
+    begin_anew = True if other == "weights" else "if other"
     with pytest.raises(Stop):
         run(shared, tmp_path / "q.npy", progress=stop_after(24), **OTHERS[other])
     left = files(tmp_path)
@@ -432,11 +436,66 @@ def test_what_another_job_left_is_not_used(
         run(shared, tmp_path / "q.npy")
     assert files(tmp_path) == left
     with pytest.warns(UserWarning, match=r"^predict: an unfinished q\.npy was of other ") as caught:
-        made = run(shared, tmp_path / "q.npy", begin_anew=True)
+        made = run(shared, tmp_path / "q.npy", begin_anew=begin_anew)
     assert caught[0].filename == __file__  # whoever called predict
     assert made.resumed == 0
     assert (tmp_path / "q.npy").read_bytes() == whole
     assert files(tmp_path) == ["q.npy"]
+
+
+@pytest.mark.parametrize(("begin_anew", "resumed"), [("if other", 12), (True, 0)])
+def test_what_the_same_job_left(
+    shared: Manifest,
+    whole: bytes,
+    tmp_path: Path,
+    marked_at_once: None,
+    begin_anew: Any,
+    resumed: int,
+) -> None:
+    with pytest.raises(Stop):
+        run(shared, tmp_path / "q.npy", progress=stop_after(12))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = run(shared, tmp_path / "q.npy", begin_anew=begin_anew)
+    said = [str(one.message) for one in caught if one.filename == __file__]
+    message = "predict: an unfinished q.npy was thrown away; begun anew"
+    assert said == ([] if resumed else [message])
+    assert made.resumed == resumed
+    assert (tmp_path / "q.npy").read_bytes() == whole
+    assert files(tmp_path) == ["q.npy"]
+
+
+def test_the_stage_of_a_run_goes_on_or_begins_anew(
+    shared: Manifest, whole: bytes, tmp_path: Path, marked_at_once: None
+) -> None:
+    """A recipe may have been changed, and nobody is there to say what shall become of the rows."""
+
+    def predicted(seed: int, progress: Any) -> list[int]:
+        calls: list[int] = []
+        compatibility = types.SimpleNamespace(float16_predictions=False)
+        job: Any = types.SimpleNamespace(
+            network=lambda *_: network(seed),
+            manifest=shared,
+            data=DATA,
+            recipe=types.SimpleNamespace(engine=ENGINE, compatibility=compatibility),
+            ranks=Ranks(),
+            unusable=np.zeros(43, bool),
+            progress=lambda _: lambda done, n: (calls.append(done), progress(done, n)),
+        )
+        stages.predict(job, tmp_path / "weights", np.arange(43), tmp_path / "q.npy")
+        return calls
+
+    for seed in (0, 1):
+        with pytest.raises(Stop):
+            predicted(seed, stop_after(12))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            calls = predicted(0, stop_after(44))
+        said = [str(one.message) for one in caught if "begun anew" in str(one.message)]
+        message = "predict: an unfinished q.npy was of other inputs or settings; begun anew"
+        assert (calls[0], said) == ((24, []) if seed == 0 else (12, [message]))
+        assert (tmp_path / "q.npy").read_bytes() == whole
+        assert files(tmp_path) == ["q.npy"]
 
 
 @pytest.mark.parametrize("which", ["in another folder", "in another order"])
@@ -483,7 +542,7 @@ def test_half_of_what_was_left(
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     """The peak grows by a fraction of N x k x 4 bytes."""
     program = """
-import resource, sys
+import sys
 import numpy as np
 from torch import nn
 import test_predict as t
@@ -495,7 +554,9 @@ settings = {
     "engine": t.dataclasses.replace(t.ENGINE, predict_batch_size=64),
 }
 t.run(small, folder / "small.npy", **settings)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+# Not getrusage: its peak begins with that of the process which started this one.
+status = t.Path("/proc/self/status")
+peak = lambda: int(status.read_text().partition("VmHWM:")[2].split()[0]) << 10
 before = peak()
 large = small.select(np.arange(n) % 16)
 unusable = np.arange(n) % 1000 >= 16  # most, which is faster
