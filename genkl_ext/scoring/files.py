@@ -294,8 +294,8 @@ def score_files(
             on if it was this job, refuse if it had other inputs or settings. True: throw it away.
             "if other": go on, or throw it away.
         device: what scores: "cpu"; "cuda", the GPU of this process's number among those on its
-            machine; "cuda:1". The results are the same. Reading is slower than either, so that a
-            GPU pays only where processors are few.
+            machine; "cuda:1". The results are the same; reading, and writing the table, are the
+            processors' in any case.
         chunk_bytes: how much of the predictions, of all models together, is scored at a time.
         ranks: the processes of a job that share the rows and call this alike (``ranks.join``);
             by default this process scores all of them.
