@@ -18,7 +18,7 @@ from . import UsageError
 from .progress import Progress
 
 _NEEDED = ("alpha", "beta", "sigma")  # have neither a preset nor a default
-_SAMPLE = 1 << 24  # rows that the quantiles are of, at most
+_SAMPLE = 1 << 20  # rows that the quantiles are of, at most
 _PIECE = 1 << 16
 _QUANTILES = (
     (0.0, "least"),
