@@ -141,7 +141,7 @@ class Column:
             end = min(begin + self._piece, self._rows)
             pieces.append(self._read(i, max(start, begin) - begin, min(stop, end) - begin))
         whole = pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
-        return whole[::step]
+        return whole if step == 1 else whole[::step].copy()  # a view would keep the rest
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self[:].astype(dtype or self._dtype)

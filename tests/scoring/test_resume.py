@@ -380,6 +380,8 @@ def test_slices_of_a_column_on_disk(arrays: Path) -> None:
     ):  # fmt: skip
         np.testing.assert_array_equal(column[span], whole[span])
         assert column[span].dtype == whole.dtype
+        kept = column[span].base  # which the slice keeps in memory
+        assert kept is None or memoryview(kept).nbytes <= column[span].nbytes
     assert (column[3], column[-1]) == (whole[3], whole[-1]) and len(column) == 1040
     with pytest.raises(IndexError):
         column[1040]
