@@ -583,7 +583,7 @@ def test_a_killed_job_leaves_the_old_output_and_can_be_repeated(
 
 def test_scored_rows_do_not_stay_in_memory(tmp_path: Path) -> None:
     """The peak grows with the chunk, not with the file; and nothing here needs torch."""
-    size = 256 << 20
+    size = 1 << 30
     with open(tmp_path / "p.npy", "wb") as file:  # zeros that take no room on disk
         header = {"descr": "<f4", "fortran_order": False, "shape": (size // 4000, 1000)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -606,7 +606,7 @@ def test_scored_rows_do_not_stay_in_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path / "p.npy"), str(tmp_path / "t.parquet")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     kibibytes = int(done.stdout)
-    assert kibibytes < (64 << 10)  # of 256 MiB
+    assert kibibytes < (128 << 10)  # of 1 GiB; the libraries take some 75 MiB
 
 
 def test_real_softmax_outputs(shared_data: Path, tmp_path: Path) -> None:
