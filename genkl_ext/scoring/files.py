@@ -33,7 +33,7 @@ from ..ranks import Ranks
 from ..rule import GenKL, Scores
 from ..unfinished import BeginAnew, Unfinished
 from .chunks import BadRow, OnBadRow, empty_rows, score_rows
-from .gpu import LANES, GpuScorer, Pending, device_of
+from .gpu import LANES, GpuScorer, Pending, new_scorer
 from .keys import BLOCK_ROWS, MOST_REPEATS, KeyColumn, KeyList, Keys, write_nc_list
 from .sources import (
     SUFFIXES,
@@ -330,8 +330,7 @@ def score_files(
     ranks = ranks or Ranks()
     if ranks.size > 1 and table is None:
         raise ValueError("score: out must be given for several processes: there they meet")
-    where = device_of(device, ranks.local_rank)
-    gpu = None if where is None else GpuScorer(rule, where, logits, validate)
+    gpu = new_scorer(rule, device, logits, validate, ranks.local_rank)
 
     with ExitStack() as stack:
         files = _open(paths, rule, stack, one_model, column, raw)
@@ -496,8 +495,7 @@ def plan(
         OSError, ValueError: as ``score_files``, of the inputs and the device.
     """
     ranks = ranks or Ranks()
-    where = device_of(device, ranks.local_rank)
-    gpu = None if where is None else GpuScorer(rule, where, logits, False)
+    gpu = new_scorer(rule, device, logits, False, ranks.local_rank)
     with ExitStack() as stack:
         files = _open(_listed(inputs), rule, stack, one_model, column, raw)
         rows = files[0].shape[0]
@@ -510,7 +508,6 @@ def plan(
         input_bytes = sum(file.nbytes for file in files)
         resumable = ranks.size > 1 or _is_long(rows, input_bytes)
         block = min(rows, BLOCK_ROWS) * _ROW_BYTES
-        ahead = min(file.concurrent_reads() for file in files)
         return Plan(
             rows=rows,
             num_classes=rule.num_classes,
@@ -526,7 +523,8 @@ def plan(
             # Chunks being read, one being scored; a block of the table, and Arrow's copy of it.
             # A GPU has copies in pinned memory, and more of them under way.
             memory_bytes=min(
-                input_bytes, (ahead + 1 if gpu is None else 2 * (ahead + LANES)) * chunk_bytes
+                input_bytes,
+                (job.ahead + 1 if gpu is None else 2 * (job.ahead + LANES)) * chunk_bytes,
             )
             + 3 * block
             + (0 if resumable else rows * _ROW_BYTES),
@@ -611,6 +609,11 @@ class _Pass:
     batch_rows: int
     gpu: GpuScorer | None = None
 
+    @property
+    def ahead(self) -> int:
+        """How many batches are read at a time."""
+        return min(file.concurrent_reads() for file in self.files)
+
     def run(
         self,
         kept: _InMemory | _OnDisk,
@@ -630,13 +633,12 @@ class _Pass:
             if writer is not None:
                 writer.advance(min((batch + 1) * self.batch_rows, rows))
 
-        ahead = min(file.concurrent_reads() for file in self.files)
         with (
-            ThreadPoolExecutor(ahead, "genkl-read") as readers,
+            ThreadPoolExecutor(self.ahead, "genkl-read") as readers,
             ThreadPoolExecutor(1, "genkl-keep") as keeper,
         ):
             written: Future[None] = keeper.submit(lambda: None)
-            batches = _read_ahead(readers, ahead, kept.todo, self.read_staged)
+            batches = _read_ahead(readers, self.ahead, kept.todo, self.read_staged)
             for batch, columns in self.scored(batches):
                 written.result()
                 written = keeper.submit(keep, batch, columns)

@@ -134,12 +134,16 @@ class GpuScorer:
         return here.copy_(tensor, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=8)
-def scorer_of(rule: GenKL, device: str, logits: bool, validate: bool) -> GpuScorer | None:
-    """One for all batches of a worker, which does not know that they belong together; None for
-    the CPU."""
-    where = device_of(device)
+def new_scorer(
+    rule: GenKL, device: str, logits: bool, validate: bool, local_rank: int = 0
+) -> GpuScorer | None:
+    """One on the device of this name (:func:`device_of`); None for the CPU."""
+    where = device_of(device, local_rank)
     return None if where is None else GpuScorer(rule, where, logits, validate)
+
+
+# One for all batches of a worker, which does not know that they belong together.
+scorer_of = functools.lru_cache(maxsize=8)(new_scorer)
 
 
 class Pending:

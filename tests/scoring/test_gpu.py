@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import genkl_ext as gk
-from genkl_ext.scoring import batches, files, gpu, plan, score_files
+from genkl_ext.scoring import batches, gpu, plan, score_files
 from genkl_ext.scoring.tables import LEFT_OUT
 
 RULE = gk.GenKL(num_classes=5, alpha=0.9, beta=0.1, sigma=0.1)
@@ -25,8 +25,7 @@ def torch_cpu(name: str, *_: int) -> torch.device | None:
 def on(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What to give as ``device``."""
     if device == "cpu":
-        for module in (files, gpu):
-            monkeypatch.setattr(module, "device_of", torch_cpu)
+        monkeypatch.setattr(gpu, "device_of", torch_cpu)
         gpu.scorer_of.cache_clear()
     return "cuda"
 
